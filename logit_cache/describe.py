@@ -123,10 +123,15 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
         "cross_entropy": loss,
         "perplexity": math.exp(min(loss, 700.0)) if loss is not None else None,
         "entropy": None if sums.entropy_nats is None else sums.entropy_nats / sums.positions,
-        "head_mass": sums.head_mass / sums.positions,
-        "positions_with_head_mass_below_0.5": sums.head_mass_below_half / sums.positions,
-        "positions_with_head_mass_below_0.9": sums.head_mass_below_90 / sums.positions,
-        "positions_with_head_mass_below_0.99": sums.head_mass_below_99 / sums.positions,
+        **{
+            name: None if total is None else total / sums.positions
+            for name, total in (
+                ("head_mass", sums.head_mass),
+                ("positions_with_head_mass_below_0.5", sums.head_mass_below_half),
+                ("positions_with_head_mass_below_0.9", sums.head_mass_below_90),
+                ("positions_with_head_mass_below_0.99", sums.head_mass_below_99),
+            )
+        },
     }
 
 
@@ -135,7 +140,7 @@ def targets_in_words(targets: dict[str, Any], quoted: Callable[[str], str] = str
 
     quoted: how names that somebody else gave are shown.
     """
-    text = f"{targets['method']}, k = {targets['k']}"
+    text = f"{targets['method']}, k = {targets['k']}" if targets["k"] else "no ids, the label alone"
     if targets.get("sample_size") == "threshold":
         text += " or fewer by a threshold"
     if targets["top_p"] is not None:
@@ -160,6 +165,8 @@ def targets_in_words(targets: dict[str, Any], quoted: Callable[[str], str] = str
 def stored_in_words(entry: dict[str, Any]) -> str:
     """What a described entry stores: `format 2: ids, log-probs of the certain ones, mass outside them, entropy`."""
     targets = Targets.model_validate(entry["targets"])
+    if not targets.k:
+        return f"format {entry['format_version']}: log-probs of the text's own tokens"
     fields = [name for name in TARGET_FIELDS if targets.has(name)]
     if targets.method == "top-k":
         fields = [name for name in fields if name != "sampled-logprobs"]
@@ -170,6 +177,8 @@ def stored_in_words(entry: dict[str, Any]) -> str:
 def losses_in_words(targets: dict[str, Any]) -> str:
     """The losses that the `targets` of a described entry serve."""
     stored = Targets.model_validate(targets)
+    if not stored.k:
+        return "lightning-opd, where the text is rollouts of the student"
     if not stored.has("tail"):
         return "forward KL with tail renormalise"
     found = []

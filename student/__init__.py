@@ -13,6 +13,7 @@ from storage.lazy import public_names
 if TYPE_CHECKING:
     from student.data.batches import collate as collate
     from student.data.iterable import IterableWindows as IterableWindows
+    from student.data.rollouts import rollout_field as rollout_field
     from student.data.windows import DistillationWindows as DistillationWindows
     from student.data.windows import reading_order as reading_order
     from student.job import StudentJob as StudentJob
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__, __getattr__ = public_names(__name__, {
     "student.data.batches": ("collate",),
     "student.data.iterable": ("IterableWindows",),
+    "student.data.rollouts": ("rollout_field",),
     "student.data.windows": ("DistillationWindows", "reading_order"),
     "student.job": ("StudentJob",),
     "student.labels": ("NOT_TRAINED",),

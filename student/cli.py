@@ -107,8 +107,11 @@ OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
     ),
     _loss(
         "--loss",
-        type=click.Choice(["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl"]),
-        help="Divergence of teacher and student; a mixture of teachers needs forward-kl [forward-kl].",
+        type=click.Choice(
+            ["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl", "lightning-opd"]
+        ),
+        help="Divergence of teacher and student; a mixture of teachers needs forward-kl; lightning-opd is of the "
+        "student's own samples [forward-kl].",
     ),
     _loss("--mix", type=float, help="beta of jsd [0.5], lambda of the skewed losses [0.1]."),
     _loss("--mix-end", type=float, help="That at the last step, linear from --mix [the same]."),

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from storage.config import Folder, Settings, name_values, parse_yaml
 from storage.format.manifest.shared import ADDED, TEACHER_NAME
-from student.loss.objective import Objective
+from student.loss.objective import LIGHTNING_OPD, Objective
 from student.models.adapters.lora import Lora
 
 
@@ -74,7 +74,8 @@ class StudentJob(Objective):
                         `student.training.defaults` those of a model with weights)
 
     The other fields are those of `student.loss.objective.Objective`. alpha defaults to 1 without teachers (the only
-    choice), to 0 where the targets are an unbiased sample or the teachers live, and to 0.5 elsewhere.
+    choice), to 0 where the targets are an unbiased sample, the text the student's own, or the teachers live, and to 0.5
+    elsewhere.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -105,7 +106,9 @@ class StudentJob(Objective):
     def _default_alpha(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("alpha") is None:
             data = {name: value for name, value in data.items() if name != "alpha"}
-            if not data.get("teachers"):
+            if data.get("loss") == LIGHTNING_OPD:
+                data["alpha"] = 0.0
+            elif not data.get("teachers"):
                 data["alpha"] = 0.0 if data.get("live_teachers") else 1.0
         return data
 
@@ -169,6 +172,8 @@ class StudentJob(Objective):
             raise ValueError(f"live teachers have no tail to treat: leave tail out (found {self.tail})")
         if self.loss == "tail-aware-kl":
             raise ValueError("loss tail-aware-kl is for targets from a cache: take another with live teachers")
+        if self.loss == LIGHTNING_OPD:
+            raise ValueError(f"loss {self.loss} is of cached log-probs: take reverse-kl with live teachers")
         if (len(self.live_teachers) > 1) != (self.combine is not None):
             raise ValueError(
                 "several live teachers are combined as logit-mean or mixture, and one is not: "

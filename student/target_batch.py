@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from storage.format.layout import field_array
+from storage.format.layout import VALUES, field_array
 from storage.format.manifest.entry import TeacherEntry
-from storage.format.stored import StoredTargets
+from storage.format.stored import StoredTargets, no_targets
 from storage.format.version_2 import NONE, NOTHING_INSIDE, NOTHING_OUTSIDE
 
 
@@ -36,12 +36,13 @@ class TargetBatch:
     log_tail        float32 [rows]   log of the mass outside the certain ids; -inf where none is
     log_tail_half   float32 [rows]   log of the sum of p**0.5 outside the certain ids (temperature 2)
     entropy         float32 [rows]   of the full distribution
+    label_logprob   float32 [rows]   of the token that follows in the text, NaN where none does
     sequence        int32 [rows]   rows with one number are one sequence, a document in a window
 
-    Floats may be float64. The last four hold anything in a row without targets, and are None where the entry does not
-    have them, `sequence` where no loss takes means over sequences. It is no mapping, so that what casts or moves the
-    floats of a batch by their type (FSDP, DeepSpeed) leaves it alone; data loaders and accelerate call `to` and
-    `pin_memory`.
+    Floats may be float64. The last five hold anything in a row without targets, and are None where the entry does not
+    have them, `sequence` where no loss takes means over sequences. An entry without ids (K = 0) has the label alone. It
+    is no mapping, so that what casts or moves the floats of a batch by their type (FSDP, DeepSpeed) leaves it alone;
+    data loaders and accelerate call `to` and `pin_memory`.
     """
 
     token_ids: Tensor
@@ -51,7 +52,16 @@ class TargetBatch:
     log_tail: Tensor | None = None
     log_tail_half: Tensor | None = None
     entropy: Tensor | None = None
+    label_logprob: Tensor | None = None
     sequence: Tensor | None = None
+
+    @property
+    def there(self) -> Tensor:
+        """bool [rows]: those with targets."""
+        if self.token_ids.shape[-1]:
+            return self.kept > 0
+        assert self.label_logprob is not None, "without ids there are labels"
+        return ~self.label_logprob.isnan()
 
     def decoded(self) -> TargetBatch:
         """The batch itself; of a `StoredBatch`, what it means."""
@@ -89,7 +99,7 @@ class StoredBatch:
     """The stored arrays of some rows, by name, each [B, T, ...] or [P, ...], of the `entry` that they belong to.
 
     `sequence` is that of `TargetBatch`, of these rows.
-    Rows that no position of the entry belongs to, as padding, are 0 in all arrays, and so have no targets (kept = 0).
+    Rows that no position of the entry belongs to, as padding, say that they have no targets, and are 0 in other arrays.
     As `TargetBatch`, it is no mapping, and moves and is cut alike.
     """
 
@@ -104,7 +114,8 @@ class StoredBatch:
         found: dict[str, Tensor] = {}
         example = windows[0][0]
         for name, values in example.arrays.items():
-            batch = np.zeros((len(windows), rows, *values.shape[1:]), values.dtype)
+            empty = no_targets(example.entry).get(name, 0)
+            batch = np.full((len(windows), rows, *values.shape[1:]), empty, values.dtype)
             for window, documents, starts in zip(batch, windows, firsts, strict=True):
                 for stored, first in zip(documents, starts, strict=True):
                     window[first : first + len(stored)] = stored.arrays[name]
@@ -118,6 +129,10 @@ class StoredBatch:
 
     def decoded(self) -> TargetBatch:
         """What the arrays mean, on their device."""
+        if not self.entry.targets.k:
+            none = torch.zeros_like(self._per_row, dtype=torch.int32)
+            no_ids = torch.empty((*none.shape, 0), dtype=torch.int32, device=none.device)
+            return TargetBatch(no_ids, none, none, no_ids.to(torch.float32), label_logprob=self._value("label"))
         kept, certain = (self.arrays[name].to(torch.int32) for name in ("kept", "certain"))
         decoded = (self._decoded_1 if self.entry.format_version == 1 else self._decoded_2)(kept, certain)
         return replace(decoded, sequence=self.sequence)
@@ -129,16 +144,16 @@ class StoredBatch:
             # Whole numbers below 2**24 are exact in float32; valid rows sum to at most 2**16 (`logprob_floor`).
             steps = self.arrays["logprob_codes"].to(torch.float32).cumsum(-1)
             logprobs = self.arrays["top_logprob"][..., None] - self.entry.encoding.step_nats * steps
-        values = {name: self.arrays[name] for name in ("log_tail", "log_tail_half", "entropy")}
+        values = {name: self.arrays.get(name) for name in ("log_tail", "log_tail_half", "entropy", "label_logprob")}
         return TargetBatch(_ids(self.arrays["token_ids"]), kept, certain, logprobs, **values)
 
     def _decoded_2(self, kept: Tensor, certain: Tensor) -> TargetBatch:
         raw = _ids(self.arrays["ids"])
         is_certain = leading_columns(certain, raw.shape[-1])
         ids = torch.where(is_certain, raw, raw.masked_fill(is_certain, 0).cumsum(-1, dtype=raw.dtype))
-        values = {name: self._value(name) for name in ("tail", "half-tail", "entropy")}
+        values = {name: self._value(name) for name in VALUES}
         logprobs = self._logprobs_2(kept, certain, is_certain, values)
-        return TargetBatch(ids, kept, certain, logprobs, values["tail"], values["half-tail"], values["entropy"])
+        return TargetBatch(ids, kept, certain, logprobs, **{VALUES[name]: value for name, value in values.items()})
 
     def _logprobs_2(
         self, kept: Tensor, certain: Tensor, is_certain: Tensor, values: Mapping[str, Tensor | None]
@@ -159,6 +174,11 @@ class StoredBatch:
             reference = temperature * (outside - (kept - certain).clamp(min=1).log()) + step
             tails = reference[..., None] - (entry.encoding.sampled_step_nats or 0.0) * tails.to(torch.float32)
         return torch.where(is_certain, heads, tails)
+
+    @property
+    def _per_row(self) -> Tensor:
+        """One of the arrays of a number for each row."""
+        return self.arrays["kept"] if self.entry.targets.k else self._array("label")
 
     def _array(self, name: str) -> Tensor:
         return self.arrays[field_array(self.entry, name)]
@@ -192,18 +212,18 @@ class StoredBatch:
         return self._each(Tensor.pin_memory)
 
     def flat(self) -> StoredBatch:
-        axes = self.arrays["kept"].ndim
+        axes = self._per_row.ndim
         return self._each(lambda values: values.flatten(0, axes - 1))
 
     def __getitem__(self, rows: slice | Tensor) -> StoredBatch:
         return self._each(lambda values: values[rows])
 
     def __len__(self) -> int:
-        return len(self.arrays["kept"])
+        return len(self._per_row)
 
     def __repr__(self) -> str:
-        kept = self.arrays["kept"]
-        return f"StoredBatch({list(kept.shape)} rows of {', '.join(self.arrays)}, {kept.device})"
+        rows = self._per_row
+        return f"StoredBatch({list(rows.shape)} rows of {', '.join(self.arrays)}, {rows.device})"
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> StoredBatch:
         arrays = {name: change(values) for name, values in self.arrays.items()}

@@ -181,7 +181,7 @@ def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> Tea
         return entry
     try:
         aligned, compression = aligned_to(entry.windowing), COMPRESSION[job.profile]
-        layout = entry_layout(tokens, job.k, aligned, compression, job.shard_tokens, job.chunk_tokens)
+        layout = entry_layout(tokens, job.stored_ids, aligned, compression, job.shard_tokens, job.chunk_tokens)
         layout.check_length(tokens)
     except ValueError as error:
         raise InputError(f"--tokens {tokens}: {error}: give larger --shard-tokens") from None

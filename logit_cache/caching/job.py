@@ -27,6 +27,7 @@ KeptIds = Annotated[int, Field(ge=1, le=MAX_UINT16)]
 Mass = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 48)]
 StepNats = Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)]
+TargetKind = Literal["topk", "varopt", "none"]
 FieldName = Literal["lean", "all", "entropy", "half-tail", "label", "sampled-logprobs"]
 
 
@@ -41,7 +42,21 @@ def _one_or_names(names: tuple[FieldName, ...]) -> tuple[FieldName, ...]:
 FieldNames = Annotated[tuple[FieldName, ...], AfterValidator(_one_or_names)]
 
 # By measurement (docs/decisions/0034).
-DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("entropy",), "topk": ("entropy", "half-tail")}
+DEFAULT_FIELDS: dict[TargetKind, tuple[FieldName, ...]] = {
+    "varopt": ("entropy",),
+    "topk": ("entropy", "half-tail"),
+    "none": ("label",),
+}
+DEFAULT_K = 64
+_METHODS: dict[TargetKind, Literal["top-k", "varopt", "none"]] = {"topk": "top-k", "varopt": "varopt", "none": "none"}
+_OF_VAROPT = ("head_ids", "seed", "target_temperature", "sampling", "order", "sample_size", "sampled_step_nats")
+# Options of targets that go with some kinds of them alone.
+_OF_KINDS: dict[str, tuple[TargetKind, ...]] = {
+    "k": ("topk", "varopt"),
+    "top_p": ("topk",),
+    "step_nats": ("topk", "varopt"),
+    **dict.fromkeys(_OF_VAROPT, ("varopt",)),
+}
 
 # Of a teacher that runs in this process; and what a server does not tell, with the reason.
 _IN_PROCESS = (
@@ -71,7 +86,8 @@ class CacheJob(Settings):
     """The fields of `cache-logits`, as flags or in a YAML file. Lengths are in tokens, steps in nats.
 
     Several teachers form one ensemble; `weight` and `revision` are given once for each of them, or not at all. A
-    `top_p` alone selects top-k targets, which it truncates; else the default is varopt (docs/decisions/0012).
+    `top_p` alone selects top-k targets, which it truncates; else the default is varopt (docs/decisions/0012). Targets
+    of the kind none have no ids: the log-prob of the label alone is stored (docs/decisions/0042).
     `fidelity_positions`, the size of a complete entry's fidelity report, is no part of the entry's identity.
 
     `fields`: what is stored beside ids, certain log-probs and masses: lean (what forward KL reads), all, or names
@@ -93,8 +109,8 @@ class CacheJob(Settings):
     combine: Literal["logit-mean", "mixture"] | None = None
     weight: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     name: EntryName
-    targets: Literal["topk", "varopt"] = "varopt"
-    k: KeptIds = 64
+    targets: TargetKind = "varopt"
+    k: KeptIds | None = None
     top_p: Mass | None = None
     head_ids: Annotated[int, Field(ge=0)] | None = None
     seed: Seed | None = None
@@ -118,7 +134,7 @@ class CacheJob(Settings):
     sample_size: Literal["fixed", "threshold"] | None = None
     format_version: Literal[1, 2] | None = None
     encoding: Literal["codes", "float32"] = "codes"
-    step_nats: StepNats = DEFAULT_STEP_NATS
+    step_nats: StepNats | None = None
     sampled_step_nats: StepNats | None = None
     profile: Profile = "small"
     shard_tokens: Positive | None = None
@@ -132,6 +148,11 @@ class CacheJob(Settings):
     requests: Annotated[int, Field(ge=1, le=4_096)] = 16
     request_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     patience_seconds: Annotated[float, Field(gt=0, le=604_800)] = 600.0
+
+    @property
+    def stored_ids(self) -> int:
+        """K: the ids of a row."""
+        return 0 if self.targets == "none" else self.k or DEFAULT_K
 
     @property
     def is_served(self) -> bool:
@@ -177,7 +198,7 @@ class CacheJob(Settings):
         if self.targets == "varopt":
             raise ValueError(
                 f"{self.teacher[0]}: a server gives its likeliest ids alone, and varopt samples from all of them: give "
-                f"--targets topk"
+                f"--targets topk, or none"
             )
         unknown = sorted(set(self.fields) & {"entropy", "half-tail"})
         if unknown or self.format_version == 1:
@@ -189,19 +210,20 @@ class CacheJob(Settings):
 
     @model_validator(mode="after")
     def _targets_agree(self) -> CacheJob:
-        of_varopt = ("head_ids", "seed", "target_temperature", "sampling", "order", "sample_size", "sampled_step_nats")
-        foreign, other = (("top_p",), "topk") if self.targets == "varopt" else (of_varopt, "varopt")
-        for name in foreign:
-            if getattr(self, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} goes with --targets {other}: leave one of them out")
+        for name, kinds in _OF_KINDS.items():
+            if self.targets not in kinds and getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} goes with --targets {' or '.join(kinds)}: leave one of them out"
+                )
         if self.target_temperature not in (None, 1.0, 2.0):
             raise ValueError(
                 f"--target-temperature {self.target_temperature:g}: ids are sampled for temperature 1 or 2, at which "
                 f"the stored tails are exact"
             )
-        if self.head_ids is not None and self.head_ids >= self.k:
+        if self.head_ids is not None and self.head_ids >= self.stored_ids:
             raise ValueError(
-                f"--head-ids {self.head_ids} leaves none of -k {self.k} ids to sample: give fewer, or --targets topk"
+                f"--head-ids {self.head_ids} leaves none of -k {self.stored_ids} ids to sample: give fewer, or "
+                f"--targets topk"
             )
         return self
 
@@ -247,8 +269,13 @@ class CacheJob(Settings):
     def _fields_agree(self) -> CacheJob:
         if self.targets == "topk" and "sampled-logprobs" in self.fields:
             raise ValueError("--fields sampled-logprobs goes with --targets varopt: every id of topk is certain")
+        if self.targets == "none" and set(self.fields) - {"label", "all"}:
+            raise ValueError(
+                f"--fields {self.fields[0]} describes ids, and --targets none stores the label's log-prob alone: leave "
+                f"one of them out"
+            )
         if self.format_version == 1:
-            for name in _OF_VERSION_2:
+            for name in (*_OF_VERSION_2, *(["targets"] if self.targets == "none" else [])):
                 if getattr(self, name):
                     raise ValueError(f"--{name.replace('_', '-')} is of version 2 of the format: leave out one of them")
         if self.encoding == "float32" and self.sampled_step_nats is not None:
@@ -261,8 +288,8 @@ class CacheJob(Settings):
         recorded: the entry of that name, if there is one, which decides what is not given. has_loss_mask: whether the
         stream has one; without it every position is trained.
         """
-        kind: dict[str, Any] = {"method": "top-k", "temperature": self.target_temperature or 1.0}
-        own: dict[str, Any] = {"k": self.k, "top_p": self.top_p}
+        kind: dict[str, Any] = {"method": _METHODS[self.targets], "temperature": self.target_temperature or 1.0}
+        own: dict[str, Any] = {"k": self.stored_ids, "top_p": self.top_p}
         chosen: dict[str, Any] = {
             "fields": _SERVED_FIELDS if self.is_served else DEFAULT_FIELDS[self.targets],
             "positions": "trained" if has_loss_mask else "all",
@@ -270,7 +297,6 @@ class CacheJob(Settings):
             "long_documents": None,
         }
         if self.targets == "varopt":
-            kind["method"] = "varopt"
             own |= {"head_ids": self.head_ids or None, "seed": self.seed or 0}
             chosen |= {"sampling": "systematic", "order": "ids", "sample_size": "threshold"}
         if self.version(recorded) == 1:
@@ -293,22 +319,22 @@ class CacheJob(Settings):
         if self.sources:
             chosen["sources"] = tuple(sorted(set(self.sources)))
         possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]
-        if self.is_served:
-            possible = list(_SERVED_FIELDS)
+        if self.is_served or self.targets == "none":
+            possible = ["label"]
         chosen["fields"] = stored_fields(chosen["fields"], possible, self.target_temperature or 1.0)
-        return Targets(**kind, **own, **chosen, tail="exact")
+        return Targets(**kind, **own, **chosen, tail="unknown" if self.targets == "none" else "exact")
 
     def version(self, recorded: TeacherEntry | None) -> Literal[1, 2]:
         """The version of the entry: the one that is asked for, the recorded one, or the latest."""
         if self.format_version is not None:
             return self.format_version
-        later = any(getattr(self, name) for name in _OF_VERSION_2)
+        later = self.targets == "none" or any(getattr(self, name) for name in _OF_VERSION_2)
         return 2 if recorded is None or later else recorded.format_version
 
     def stored_encoding(self, targets: Targets, recorded: TeacherEntry | None = None) -> Encoding:
         """The encoding record of the entry with these targets."""
         codes = self.encoding == "codes"
-        step = self.step_nats if codes else None
+        step = self.step_nats or DEFAULT_STEP_NATS if codes else None
         if self.version(recorded) == 1:
             return Encoding(kind=self.encoding, step_nats=step, mantissa_bits=12 if codes else 23)
         before = None if recorded is None else recorded.encoding.sampled_step_nats

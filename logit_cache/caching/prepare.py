@@ -103,8 +103,10 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
     for source, teacher in zip(job.teacher, teachers, strict=True):
         if job.context_tokens is not None:
             teacher.check_context(job.context_tokens, job.bos_each_window)
-        if job.k > teacher.head_columns:
-            raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
+        if job.stored_ids > teacher.head_columns:
+            raise InputError(
+                f"--k {job.stored_ids} is larger than the head of {source} ({teacher.head_columns} columns)"
+            )
     return teachers
 
 
@@ -160,9 +162,9 @@ def check_stream(job: CacheJob) -> LogitCache:
     """The job's cache, after the checks that need no teacher. Raises InputError, CacheNotFound."""
     cache = LogitCache.open(job.cache)
     vocabulary_size = cache.vocabulary_size
-    if job.k > vocabulary_size:
+    if job.stored_ids > vocabulary_size:
         raise InputError(
-            f"--k {job.k} is larger than the vocabulary of {job.cache} ({vocabulary_size} ids): "
+            f"--k {job.stored_ids} is larger than the vocabulary of {job.cache} ({vocabulary_size} ids): "
             f"give at most {vocabulary_size}"
         )
     missing = cache.missing_tokens()
@@ -182,7 +184,7 @@ def layout_of(job: CacheJob, cache: LogitCache, windowing: Windowing) -> ArrayLa
     sizes = job.shard_tokens, job.chunk_tokens
     positions, aligned = cache.record.corpus.positions, aligned_to(windowing)
     try:
-        return entry_layout(positions, job.k, aligned, COMPRESSION[job.profile], *sizes)
+        return entry_layout(positions, job.stored_ids, aligned, COMPRESSION[job.profile], *sizes)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -229,7 +231,7 @@ def prepare_served(job: CacheJob) -> PreparedJob[ServedTeacher]:
 
     cache = check_stream(job)
     limits = (job.requests, job.request_seconds, job.patience_seconds)
-    teacher = ServedTeacher.connect(job.teacher, job.served_model, job.k, *limits)
+    teacher = ServedTeacher.connect(job.teacher, job.served_model, max(1, job.stored_ids), *limits)
     begin = begin_id(job.cache) if job.bos_each_window else None
     recorded = stored_entry(job.cache, job.name)
     limit = None if teacher.max_positions is None else teacher.max_positions - (begin is not None)

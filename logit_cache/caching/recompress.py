@@ -382,4 +382,6 @@ def _check_destination(job: RecompressJob, entry: TeacherEntry, source: LogitCac
 
 def _head_mass(targets: TeacherTargets) -> float | None:
     statistics, _ = targets.statistics()
-    return statistics.head_mass / statistics.positions if statistics is not None and statistics.positions else None
+    if statistics is None or statistics.head_mass is None or not statistics.positions:
+        return None
+    return statistics.head_mass / statistics.positions

@@ -243,7 +243,7 @@ def _score_batch(
         try:
             # The logits may be on another device than the windows.
             sampling = rows.sampling(position[chunk], logits.device)
-            k, own_labels = entry.targets.k, label[chunk].to(logits.device)
+            k, own_labels = max(1, entry.targets.k), label[chunk].to(logits.device)
             reduced = reduce_rows(logits, entry.vocabulary_size, k, own_labels, rows.floor, sampling, teacher.shard)
         except InvalidLogits as error:
             members = entry.teacher.loaded
@@ -289,7 +289,12 @@ class Rows:
 
     def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
         """Store the rows of some positions (absolute), which are on the CPU."""
-        self._rows.put(position, {name: values.numpy() for name, values in vars(reduced).items()})
+        rows = {name: values.numpy() for name, values in vars(reduced).items()}
+        if not self._targets.k:
+            # The reducer finds one id at least, and a server gives one.
+            rows |= {"token_ids": rows["token_ids"][:, :0], "logprobs": rows["logprobs"][:, :0]}
+            rows |= dict.fromkeys(("kept", "certain"), np.zeros(len(position), dtype=np.uint16))
+        self._rows.put(position, rows)
 
     def targets(self) -> SparseTargets:
         """The rows as sparse targets, cut at a mass where the entry asks for that."""

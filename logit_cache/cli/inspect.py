@@ -77,6 +77,7 @@ def cache_text(found: dict[str, Any]) -> str:
         "variables": corpus.get("template_variables"),
         "date": corpus.get("date"),
         "skipped rows": corpus.get("skipped_rows"),
+        "rollouts of": _rollouts_text(corpus.get("rollouts")),
     }
     shown = [name if value is True else f"{name} {value}" for name, value in made.items() if value]
     if shown:
@@ -89,6 +90,15 @@ def cache_text(found: dict[str, Any]) -> str:
         lines += ["", "  no teacher yet: run cache-logits"]
     # Sources, architectures and revisions are text of whoever made the cache.
     return "\n".join(map(printable, lines))
+
+
+def _rollouts_text(found: dict[str, Any] | None) -> str | None:
+    if found is None:
+        return None
+    return (
+        f"{found['source']} (weights sha256 {found['weights_sha256'][:16]}…; temperature {found['temperature']:g}, "
+        f"top-p {found['top_p']:g}, top-k {found['top_k']})"
+    )
 
 
 def source_lines(sources: list[dict[str, Any]], tokens: list[int] | None, most: int = 8) -> list[str]:
@@ -163,12 +173,13 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         ]
         if any(known):
             lines.append(f"  teacher     {', '.join(filter(None, known))}")
-        lines.append(
-            f"  head mass   mean {summary['head_mass']:.4f}; below 0.5 in "
-            f"{100 * summary['positions_with_head_mass_below_0.5']:.1f} % of positions, below 0.9 in "
-            f"{100 * summary['positions_with_head_mass_below_0.9']:.1f} %, below 0.99 in "
-            f"{100 * summary['positions_with_head_mass_below_0.99']:.1f} %"
-        )
+        if summary["head_mass"] is not None:
+            lines.append(
+                f"  head mass   mean {summary['head_mass']:.4f}; below 0.5 in "
+                f"{100 * summary['positions_with_head_mass_below_0.5']:.1f} % of positions, below 0.9 in "
+                f"{100 * summary['positions_with_head_mass_below_0.9']:.1f} %, below 0.99 in "
+                f"{100 * summary['positions_with_head_mass_below_0.99']:.1f} %"
+            )
     if entry["fidelity"]:
         lines += _fidelity_lines(entry["fidelity"])
     return lines
@@ -243,7 +254,8 @@ def position_text(found: dict[str, Any]) -> str:
             continue
         label = "" if row["label_logprob"] is None else f", next token at {row['label_logprob']:.3f} nats"
         if not row["certain"] + row["sampled"]:
-            lines += ["", f"teacher {name}: no targets here{label}"]
+            found_here = "no ids stored" if row["without_ids"] else "no targets here"
+            lines += ["", f"teacher {name}: {found_here}{label}"]
             continue
         masses = [f"{counted(row['certain'], 'certain id')} {row['certain_mass']:.4f}"]
         if row["sampled"]:

@@ -12,7 +12,11 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
     _job("--teacher", multiple=True, help="Directory of a model or adapter, hub id, or a server's URL. Repeatable."),
     _job("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'."),
     _job("-k", "--k", type=int, help="Ids stored per position, at most.  [default: 64]"),
-    _job("--targets", help="varopt: likely ids and an unbiased sample of the others; or topk.  [default: varopt]"),
+    _job(
+        "--targets",
+        help="varopt: likely ids and an unbiased sample of the others; topk; or none: the log-probs of the text's own "
+        "tokens, and no ids.  [default: varopt]",
+    ),
     _job(
         "--context-tokens",
         type=int,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import InputError
+from storage.format.manifest.cache import Rollouts
 
 Ids = NDArray[np.uint32]
 # Ranges of characters, ascending and apart.
@@ -63,14 +64,15 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A row that is tokens already: ids uint32 [n]; trained bool [n], which of them are trained on, None for all; and
-    their text, once it is known."""
+    """A row that is tokens already: ids uint32 [n]; trained bool [n], which of them are trained on, None for all; their
+    text, once it is known; and the model that sampled the trained ones."""
 
     source: int
     ids: Ids
     trained: NDArray[np.bool_] | None
     where: str
     text: str = ""
+    rollout: Rollouts | None = None
 
 
 Document = Chunk | Conversation | Tokens

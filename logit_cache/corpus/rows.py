@@ -7,7 +7,7 @@
 `prompt` + `completion` or `response`        texts, or lists of messages: only the completion is trained on
 `instruction` (+ `input`, `context`,         a conversation of a question and its answer, after those of `history`
 `system`, `history`) + `output`, `response`
-`input_ids` (+ `labels`, a mask)             tokens as they are
+`input_ids` (+ `labels`, a mask; `rollout`)  tokens as they are, and the model that sampled the trained ones
 ===========================================  ==========================================================================
 
 A field that would change what is learnt and is not used by the row's form is refused, and so is a row of two forms.
@@ -32,6 +32,7 @@ from logit_cache.corpus.conversations.messages import (
     read_objects,
 )
 from logit_cache.corpus.documents import Chunk, Conversation, Document, Inputs, Tokens, checked_text
+from logit_cache.corpus.rollouts import read_rollout
 from logit_cache.corpus.sources.names import check_source_name
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
@@ -62,7 +63,7 @@ _FIELDS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("prompt", "instruction", "input_ids", "chosen", *_CONVERSATIONS), frozenset()),
     **dict.fromkeys((*_ANSWERS, *_OUTPUTS, "rejected", "labels", "attention_mask"), frozenset()),
     **dict.fromkeys((*_SAMPLE_WEIGHTS, *MEDIA, "masked", "train", "trainable", "train_on_inputs"), _EVERY),
-    **dict.fromkeys(_MASKS, _EVERY - {"input_ids"}),
+    **dict.fromkeys((*_MASKS, "rollout"), _EVERY - {"input_ids"}),
     **dict.fromkeys(("functions", *REASONING), _CHATS),
     **dict.fromkeys(("tools", "chat_template_kwargs", *_SYSTEMS), frozenset({"completion"})),
     "documents": frozenset({"completion", "instruction"}),
@@ -288,7 +289,8 @@ def _tokens(source: int, values: Row, where: str) -> Tokens:
             raise InputError(f"{where}: attention_mask is not one run of 1 among 0 of padding; give a row per document")
         ids = ids[there]
         trained = None if trained is None else trained[there]
-    return Tokens(source, ids.astype(np.uint32), trained, where)
+    rollout = read_rollout(values.get("rollout"), where)
+    return Tokens(source, ids.astype(np.uint32), trained, where, rollout=rollout)
 
 
 def _numbers(value: Any, name: str, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:

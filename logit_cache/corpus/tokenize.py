@@ -26,6 +26,7 @@ from logit_cache.corpus.conversations.replies import message_texts
 from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, UnfitTokenizer, checked_text
 from logit_cache.corpus.pieces import Encoder, cut, encode
 from logit_cache.corpus.record import stream_record
+from logit_cache.corpus.rollouts import StreamRollouts
 from logit_cache.corpus.sources.find import Source, find_sources
 from logit_cache.corpus.sources.names import SourceNames
 from logit_cache.corpus.sources.reading import SkippedRows, check_column, read_sources
@@ -84,25 +85,34 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
     renderer = Renderer(tokenizer, conventions, config)
     ids = vocabulary_size(vocabulary)
     make = functools.partial(_tokenisable, tokenizer=tokenizer, ids=ids, renderer=renderer)
+    rollouts = StreamRollouts()
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         with Spool(Path(folder), token_id_dtype(ids), prefix, append) as spool:
             chunks = read_sources(sources, config, make, advance, skipped, names)
             for piece, tokens, trained in encode(cut(chunks), Encoder(tokenizer)):
+                rollouts.add(piece, names.names)
                 spool.add(piece, tokens, trained)
         _check_trained(config, spool)
         arrays = spool.arrays()
         if old:
+            rollouts.refuse(config.out)
             del arrays["document_sources"]
         added = {
             "begins_with_bos": bool(prefix),
             "document_sources": True,
             "skipped_rows": skipped.count or None,
+            "rollouts": rollouts.made_by,
             **renderer.record,
         }
         separator = config.document_separator
         record = stream_record(spool, arrays, names.names, vocabulary, files, separator, None if old else added)
         write_corpus(config.out, record, files, arrays)
-    for line in (*_notes_on_sources(names, spool, skipped), *renderer.notes(), *_notes(config, tokenizer)):
+    for line in (
+        *_notes_on_sources(names, spool, skipped),
+        *renderer.notes(),
+        *rollouts.notes(),
+        *_notes(config, tokenizer),
+    ):
         log(line)
     return LogitCache.open(config.out).record
 

@@ -41,6 +41,11 @@ def check_entry(url: str, entry: TeacherTargets, tail_needed: bool) -> None:
     missing = entry.missing()
     if missing:
         raise IncompleteCache(f"{url}: {entry.name} lacks {ranges_in_words(missing)}: complete it first")
+    if not record.targets.k:
+        raise InputError(
+            f"{url}: {entry.name} stores no ids, and every format is about those: export an entry of cache-logits "
+            f"--targets topk"
+        )
     if record.targets.method != "top-k":
         raise InputError(
             f"{url}: the ids of {entry.name} are a sample, and other trainers would take them for the most probable "

@@ -172,12 +172,12 @@ def _against_server(
 ) -> Audit:
     """`audit` with a live teacher behind a server, whose noise is the difference of asking twice."""
     entry, begin = targets.entry, targets.entry.windowing.begin_id
-    if entry.targets.method != "top-k":
+    if entry.targets.method == "varopt":
         raise InputError(
             f"{job.cache}: {targets.name} holds sampled ids, and a server gives its likeliest alone: audit it with "
             f"the model's files"
         )
-    teacher = ServedTeacher.connect(job.teacher, job.served_model, entry.targets.k)
+    teacher = ServedTeacher.connect(job.teacher, job.served_model, max(1, entry.targets.k))
     teacher.check_context(entry.windowing.context_tokens, begin is not None)
     try:
         check_tokenizer(teacher, cache, "Give a server of the teacher that the entry names")
@@ -224,6 +224,8 @@ def _drawn_otherwise(found: Audit) -> str | None:
 def _uncompared(entry: TeacherEntry) -> list[str]:
     """What an audit cannot compare of an entry."""
     targets = entry.targets
+    if not targets.k:
+        return ["not stored: ids, and all else but the log-probs of the text's own tokens"]
     absent = [name for name in ("tail", *TARGET_FIELDS) if not targets.has(name)]
     if targets.method == "top-k":
         absent = [name for name in absent if name != "sampled-logprobs"]

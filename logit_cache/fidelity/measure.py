@@ -59,13 +59,15 @@ class _Picked:
 
 def is_wanted(opened: OpenJob, positions: int) -> bool:
     """Whether a report of so many positions is to be made: the entry is complete, has targets and no report, and the
-    teacher gives whole distributions, as servers do not.
+    teacher gives whole distributions, as servers do not. Without ids nothing of a distribution is stored.
 
     Raises CorruptCache, FormatError for a damaged report.
     """
     if not positions or isinstance(opened.teacher, ServedTeacher):
         return False
     targets = _targets(opened)[1]
+    if not targets.entry.targets.k:
+        return False
     return not targets.missing() and targets.fidelity() is None and _share(targets) > 0
 
 

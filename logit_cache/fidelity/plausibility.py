@@ -199,7 +199,7 @@ class _Read:
 
     @property
     def has_targets(self) -> Where:
-        return self.sample.stored.kept > 0
+        return self.sample.stored.there
 
     @property
     def of_label(self) -> Rows:
@@ -210,7 +210,7 @@ class _Read:
 
 
 _WHY = {
-    "distinct": "an id of a projected row may come twice",
+    "distinct": "an id of a projected row may come twice, or no ids are stored",
     "masses": "codes hold it by construction, or the mass outside the ids is not known",
     "sampled": "log-probs of sampled ids are not stored",
     "outside": "the mass outside the ids is not known, or no row has certain ids",
@@ -235,7 +235,7 @@ class _Rules:
             "entropy": self._entropy,
         }
         # A projected row may name an id more than once, and only their sum is bounded.
-        left_out = ("distinct", "label") if entry.made == "projected" else ()
+        left_out = ("distinct", "label") if entry.made == "projected" else () if entry.targets.k else ("distinct",)
         self.checks = {name: Check() for name in self._rules if name not in left_out}
         self.checks["outside"].allowed = _MOST_UNBOUNDED if self._imported else 0.0
 
@@ -299,11 +299,14 @@ class _TextSums:
     def __init__(self, entry: TeacherEntry) -> None:
         self._evidence = Evidence()
         self._exact = entry.targets.has("label")
+        self._has_ids = bool(entry.targets.k)
         self._loss: list[Rows] = []
         self._bounds: list[Rows] = []
         self._pairs = self._repeated = 0
 
     def add(self, rows: _Read) -> None:
+        if not self._has_ids:  # the label's log-prob alone says nothing of other tokens
+            return
         sample, window = rows.sample, rows.sample.window
         offset = window.first - window.start
         ids = np.where(rows.logprobs > -np.inf, rows.ids, -1)
@@ -341,6 +344,9 @@ class _TextSums:
 
     def judge(self, found: Plausibility) -> None:
         """The figures, and what they make impossible or unlikely."""
+        if not self._has_ids:
+            found.unchecked.append("text: without ids, rows do not say which tokens they are about")
+            return
         evidence = self._evidence
         loss, bounds = np.concatenate(self._loss), np.concatenate(self._bounds, axis=1)
         repeated = self._repeated / max(self._pairs, 1)

@@ -30,6 +30,7 @@ Of entries whose sampled ids have no log-probs::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def stored_values(entry: TeacherEntry, targets: SparseTargets) -> Values:
         "logprobs": np.where(targets.is_certain, targets.logprobs, np.nan),
         "sampled_logprobs": np.where(is_sampled, targets.logprobs, np.nan),
         "token_ids": np.where(targets.is_certain, 0.0, np.nan),
-        "top_logprob": np.where(targets.kept > 0, targets.logprobs[:, 0], np.nan),
+        "top_logprob": first_column(np.where(targets.is_kept, targets.logprobs, np.nan)),
     }
     for name in _PER_POSITION:
         stored = getattr(targets, name)
@@ -73,6 +74,11 @@ def stored_values(entry: TeacherEntry, targets: SparseTargets) -> Values:
     if draws_again(entry):
         values["sampled_ids"] = np.where(is_sampled, targets.token_ids, np.nan)
     return comparable(entry, {name: value.astype(np.float64) for name, value in values.items()})
+
+
+def first_column(values: NDArray[Any]) -> NDArray[Any]:
+    """Of [R, K] the first column [R]; NaN without any."""
+    return values[:, 0] if values.shape[1] else np.full(len(values), np.nan)
 
 
 def comparable(entry: TeacherEntry, values: Values) -> Values:
@@ -191,14 +197,14 @@ def _row_values(
     # Columns that are not certain add 0 to an id, and so may name any.
     outside = logp.scatter_add(1, safe, torch.zeros_like(safe, dtype=logp.dtype).masked_fill(is_certain, -torch.inf))
     at_ids = logp.gather(1, safe).clamp_min(_FLOOR)
-    best = logp.topk(ids.shape[1], dim=1).values.clamp_min(_FLOOR)
+    best = logp.topk(max(1, ids.shape[1]), dim=1).values.clamp_min(_FLOOR)
     is_sampled = is_kept & ~is_certain
     expected = ((outside / sampled_at).softmax(1) * logp.clamp_min(_FLOOR)).sum(1)
     return {
         "logprobs": at_ids.masked_fill(~is_certain, torch.nan),
         "sampled_logprobs": at_ids.masked_fill(~is_sampled, torch.nan),
-        "token_ids": (best - at_ids).masked_fill(~is_certain, torch.nan),
-        "top_logprob": at_ids[:, 0],
+        "token_ids": (best[:, : ids.shape[1]] - at_ids).masked_fill(~is_certain, torch.nan),
+        "top_logprob": at_ids[:, 0] if ids.shape[1] else best[:, 0],
         "log_tail": torch.logsumexp(outside, dim=1).clamp_min(_FLOOR),
         "log_tail_half": torch.logsumexp(outside / 2, dim=1).clamp_min(_FLOOR),
         "label_logprob": logp.gather(1, labels.clamp_min(0)[:, None])[:, 0]

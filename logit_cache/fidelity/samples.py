@@ -20,8 +20,10 @@ from logit_cache.caching.windows import Window, windows
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IncompleteCache, InputError
 from storage.format.identity import other_tokens
+from storage.format.layout import field_array
 from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import SparseTargets
+from storage.format.version_2 import decoded_value
 
 
 @dataclass(kw_only=True)
@@ -96,7 +98,7 @@ def read_samples(cache: LogitCache, targets: TeacherTargets, count: int, found: 
             problem(error)
             continue
         found.windows += 1
-        found.positions += int(np.count_nonzero(sample.stored.kept))
+        found.positions += int(np.count_nonzero(sample.stored.there))
         yield sample
     if not found.windows:
         raise CorruptCache(f"{found.problems[-1]}; none of {len(sampled)} windows can be read: run logit-cache verify")
@@ -145,10 +147,12 @@ class TargetRows:
         return int(rows[number])
 
     def _rows(self, shard: int) -> NDArray[np.int64]:
-        layout = self._targets.entry.layout
-        start, stop = layout.shard_range(shard, self._targets.entry.positions)
-        chunks = range(start // layout.chunk, -(-stop // layout.chunk))
-        return np.flatnonzero(np.concatenate([self._targets.arrays["kept"].read_chunk(chunk) for chunk in chunks]))
+        entry = self._targets.entry
+        start, stop = entry.layout.shard_range(shard, entry.positions)
+        chunks = range(start // entry.layout.chunk, -(-stop // entry.layout.chunk))
+        array = self._targets.arrays["kept" if entry.targets.k else field_array(entry, "label")]
+        stored = np.concatenate([array.read_chunk(chunk) for chunk in chunks])
+        return np.flatnonzero(stored if entry.targets.k else ~np.isnan(decoded_value(entry, "label", stored)))
 
 
 def shard_rows(entry: TeacherEntry, committed: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.caching.score_shard import prompt_of
-from logit_cache.fidelity.rescore import comparable
+from logit_cache.fidelity.rescore import comparable, first_column
 from logit_cache.fidelity.sampled_ids import Values
 from logit_cache.fidelity.samples import Sample
 from storage.format.manifest.entry import TeacherEntry
@@ -57,7 +57,7 @@ def _row_values(sample: Sample, rows: ServedRows) -> Values:
         "logprobs": at_ids,
         "sampled_logprobs": np.full_like(at_ids, np.nan),
         "token_ids": np.where(certain, best - at_ids, np.nan),
-        "top_logprob": at_ids[:, 0],
+        "top_logprob": first_column(at_ids),
         "log_tail": log_mass_outside(np.where(certain, at_ids, -np.inf)),
         "log_tail_half": unknown,
         "label_logprob": np.where(sample.labels >= 0, rows.label_logprob, np.nan),

@@ -91,6 +91,7 @@ def _describe_row(row: SparseTargets, sampled_at: float | None, texts: TokenText
     return {
         "entropy": known["entropy"],
         "entropy_at_least": None if tail_mass is None else _least_entropy(masses, certain, tail_mass),
+        "without_ids": not row.k,
         "certain": certain,
         "certain_mass": float(masses[:certain].sum()),
         "tail_mass": tail_mass,

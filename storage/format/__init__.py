@@ -57,15 +57,18 @@ cache, and a program that knows version 1 alone refuses an entry of version 2 by
 record: from its encoding (codes or float32), and from `targets.fields`, what is stored beside the ids, the log-probs of
 the certain ones and the mass outside them::
 
-    of all             ids as tokens [N, K], kept uint16 [N], certain uint16 [N]
+    of all with ids    ids as tokens [N, K], kept uint16 [N], certain uint16 [N]
 
     field              encoding "codes"                  encoding "float32"
-    (always)           certain_codes    uint16 [N, K]    certain_logprobs  float32 [N, K]
+    (with ids)         certain_codes    uint16 [N, K]    certain_logprobs  float32 [N, K]
     tail "exact"       mass_code        int16  [N]       log_tail          float32 [N]
     sampled-logprobs   sampled_codes    uint16 [N, K]    sampled_logprobs  float32 [N, K]
     half-tail          half_tail_code   int16  [N]       log_tail_half     float32 [N]
     label              label_code       int16  [N]       label_logprob     float32 [N]
     entropy            entropy_code     int16  [N]       entropy           float32 [N]
+
+An entry of the method "none" has no ids: K = 0, of its fields the label alone, the tail "unknown", and so that one
+array. A row without targets, and one that no token follows, has none there; all else below is about rows with ids.
 
 A row has `certain` ids that are there with certainty, by descending log-prob, equal ones by ascending id, and then
 sampled ones, ``m = kept - certain``, by ascending id. Top-k samples none. Where `targets.sample_size` is "threshold",
@@ -128,7 +131,8 @@ somebody says is known: `source`, and none of the digests. Each of its documents
 log-prob in the files has a bound, `error_nats`, it adds to the errors above.
 
 **Versions.** Version 2 of the CacheRecord has the array `document_sources` and fields about how the stream was made:
-`begins_with_bos`, `template_sha256`, `template_variables`, `date`, `skipped_rows`. Fields that are absent, there and
+`begins_with_bos`, `template_sha256`, `template_variables`, `date`, `skipped_rows`, and `rollouts`, the model whose
+samples the tokens are, and how it was sampled. Fields that are absent, there and
 elsewhere, are left out of the JSON. Teacher entries have versions of their own ("Targets in version 2"), receipts
 version 1.
 

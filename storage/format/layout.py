@@ -141,13 +141,15 @@ def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
 
 def teacher_arrays(entry: TeacherEntry) -> dict[str, ArraySpec]:
     n, k, codes, first = entry.positions, entry.targets.k, entry.encoding.kind == "codes", entry.format_version == 1
-    arrays: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("token_ids" if first else "ids", token_id_dtype(entry.vocabulary_size), (n, k)),
-        ("kept", "uint16", (n,)),
-        ("certain", "uint16", (n,)),
-    ]
+    arrays: list[tuple[str, Any, tuple[int, ...]]] = []
+    if k:
+        arrays += [
+            ("token_ids" if first else "ids", token_id_dtype(entry.vocabulary_size), (n, k)),
+            ("kept", "uint16", (n,)),
+            ("certain", "uint16", (n,)),
+        ]
     for field, name in _field_arrays(entry).items():
-        if field == "certain" or (field == "sampled-logprobs" and entry.targets.has(field)):
+        if (field == "certain" and k) or (field == "sampled-logprobs" and entry.targets.has(field)):
             arrays.append((name, "uint16" if codes else "float32", (n, k)))
         elif entry.targets.has(field):
             arrays.append((name, "int16" if codes and not first else "float32", (n,)))
@@ -216,7 +218,7 @@ def entry_layout(
     positions, but less where that makes fewer than 32 shards: a killed job loses the one that it computes. No object
     can exceed 64 MiB before compression (4 bytes per id). Raises ValueError for sizes that break these rules.
     """
-    row_bytes = 4 * k
+    row_bytes = 4 * max(k, 1)  # without ids, of the label's log-prob
     if chunk_tokens is None:
         wanted = min(_TARGET_CHUNK_TOKENS, max(1, _TARGET_CHUNK_BYTES // row_bytes))
         if shard_tokens is not None:

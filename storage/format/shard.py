@@ -213,7 +213,7 @@ def encode_objects(specs: Mapping[str, ArraySpec], shard: int, values: Mapping[s
 
 def shard_statistics(targets: SparseTargets) -> ShardStatistics:
     """The sums over a shard's positions with targets, for its receipt."""
-    there = targets.kept > 0
+    there = targets.there
     # Sampled ids whose log-probs are not stored count for nothing.
     mass = np.nansum(np.exp(targets.logprobs[there].astype(np.float64)), axis=1)
     label = np.empty(0, dtype=np.float32) if targets.label_logprob is None else targets.label_logprob
@@ -224,11 +224,17 @@ def shard_statistics(targets: SparseTargets) -> ShardStatistics:
         labelled=len(known),
         label_nats=-float(known.sum(dtype=np.float64)),
         entropy_nats=entropy,
-        head_mass=float(mass.sum()),
-        head_mass_below_half=int((mass < 0.5).sum()),
-        head_mass_below_90=int((mass < 0.9).sum()),
-        head_mass_below_99=int((mass < 0.99).sum()),
+        **(_head_masses(mass) if targets.k else {}),
     )
+
+
+def _head_masses(mass: NDArray[np.float64]) -> dict[str, Any]:
+    return {
+        "head_mass": float(mass.sum()),
+        "head_mass_below_half": int((mass < 0.5).sum()),
+        "head_mass_below_90": int((mass < 0.9).sum()),
+        "head_mass_below_99": int((mass < 0.99).sum()),
+    }
 
 
 def _encoders() -> int:

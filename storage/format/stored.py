@@ -19,7 +19,6 @@ from storage.format.layout import field_array, teacher_arrays
 from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import SparseTargets
 
-_COUNTS = ("kept", "certain")  # of a row's columns; without targets both are 0
 _VERSIONS: dict[int, ModuleType] = {1: version_1, 2: version_2}
 
 
@@ -43,7 +42,7 @@ class StoredTargets:
         return found
 
     def __len__(self) -> int:
-        return len(self.arrays["kept"])
+        return len(next(iter(self.arrays.values())))
 
     def __repr__(self) -> str:
         return f"StoredTargets(positions {self.start}..{self.stop}: {', '.join(self.arrays)})"
@@ -61,7 +60,10 @@ class StoredTargets:
 
     def without(self, dropped: NDArray[np.bool_]) -> StoredTargets:
         """The same, where the rows that are `dropped` [T] have no targets."""
-        none = {name: np.where(dropped, 0, self.arrays[name]).astype(self.arrays[name].dtype) for name in _COUNTS}
+        none = {
+            name: np.where(dropped, value, self.arrays[name]).astype(self.arrays[name].dtype)
+            for name, value in no_targets(self.entry).items()
+        }
         return StoredTargets(self.entry, self.start, self.arrays | none)
 
     def broken_rule(
@@ -72,16 +74,31 @@ class StoredTargets:
         `document_starts` [D] gives, for entries with isolated documents, the positions that no token follows; `wanted`
         [T], for entries of some positions, which ones their record says. What is not given is not checked.
         """
-        broken: str | None = _VERSIONS[self.entry.format_version].broken_rule(self.entry, self.arrays)
-        if broken is None and wanted is not None and not np.array_equal(self.arrays["kept"] > 0, wanted):
-            return "the rows with targets are not those of the record's positions and sources"
-        if broken is None and self.entry.targets.has("label"):
-            return self._broken_label(document_starts)
-        return broken
+        entry = self.entry
+        broken: str | None = _VERSIONS[entry.format_version].broken_rule(entry, self.arrays)
+        if broken is not None:
+            return broken
+        there = self.arrays["kept"] > 0 if entry.targets.k else self._said_to_be_there(wanted)
+        others = "the rows with targets are not those of the record's positions and sources"
+        if entry.targets.k and wanted is not None and not np.array_equal(there, wanted):
+            return others
+        if not entry.targets.has("label"):
+            return None
+        label = version_2.decoded_value(entry, "label", self.arrays[field_array(entry, "label")])
+        if not entry.targets.k and wanted is not None and (~np.isnan(label) & ~wanted).any():
+            return others
+        return self._broken_label(label, there, document_starts)
 
-    def _broken_label(self, document_starts: NDArray[Any] | None) -> str | None:
+    def _said_to_be_there(self, wanted: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+        """bool [T]: where, without ids, a label must be, by the record; nowhere where `wanted` does not say it."""
+        if wanted is not None:
+            return wanted
+        return np.full(len(self), self.entry.targets.in_every_row)
+
+    def _broken_label(
+        self, label: NDArray[Any], there: NDArray[np.bool_], document_starts: NDArray[Any] | None
+    ) -> str | None:
         entry, name = self.entry, field_array(self.entry, "label")
-        label = version_2.decoded_value(entry, "label", self.arrays[name])
         unlabelled = np.isnan(label)
         at_end = np.arange(self.start, self.stop) == entry.positions - 1
         if entry.windowing.isolate_documents and document_starts is not None:
@@ -92,9 +109,16 @@ class StoredTargets:
         if (label > ROUNDING_NATS).any():
             return "a log-prob is positive: no probability exceeds 1"
         known = not entry.windowing.isolate_documents or document_starts is not None
-        if known and (unlabelled & ~at_end & (self.arrays["kept"] > 0)).any():
+        if known and (unlabelled & ~at_end & there).any():
             return f"{name} is missing where a token follows"
         return None
+
+
+def no_targets(entry: TeacherEntry) -> dict[str, int | float]:
+    """The stored numbers by which a row says that it has no targets, by array."""
+    if entry.targets.k:
+        return {"kept": 0, "certain": 0}
+    return {field_array(entry, "label"): version_2.NONE if entry.encoding.kind == "codes" else np.nan}
 
 
 def joined(parts: list[StoredTargets]) -> StoredTargets:

@@ -31,7 +31,8 @@ class SparseTargets:
     label_logprob  float32 [T]  log-prob of the token that follows in the text; NaN where there is none
     entropy        float32 [T]  of the full distribution
 
-    The last four are None where the entry does not have them, and NaN, but for the label, in a row without targets.
+    The last four are None where the entry does not have them, and NaN, but for the label, in a row without targets. An
+    entry without ids (K = 0) has the label alone, and it is NaN where a row has no targets.
     """
 
     start: int
@@ -61,6 +62,14 @@ class SparseTargets:
     @property
     def k(self) -> int:
         return int(self.token_ids.shape[1])
+
+    @property
+    def there(self) -> NDArray[np.bool_]:
+        """bool [T]: the rows with targets."""
+        if self.k:
+            return self.kept > 0
+        assert self.label_logprob is not None, "without ids there are labels"
+        return ~np.isnan(self.label_logprob)
 
     @property
     def is_kept(self) -> NDArray[np.bool_]:

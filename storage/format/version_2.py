@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.format.chance import ROUNDING, ROUNDING_AGAIN, uniforms
-from storage.format.encoding import MAX_UINT16, ROUNDING_NATS, encode_logprobs
+from storage.format.encoding import MAX_UINT16, ROUNDING_NATS, encode_logprobs, token_id_dtype
 from storage.format.layout import VALUES, field_array
 from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import SparseTargets, leading_columns
@@ -73,9 +73,9 @@ def _codes(
     step, value_step = entry.encoding.step_nats, entry.encoding.value_step_nats
     assert step is not None
     assert value_step is not None
-    found: dict[str, NDArray[Any]] = {
-        "certain": encode_logprobs(targets.logprobs, targets.logprobs[:, 0], targets.certain, step)
-    }
+    found: dict[str, NDArray[Any]] = {}
+    if targets.k:
+        found["certain"] = encode_logprobs(targets.logprobs, targets.logprobs[:, 0], targets.certain, step)
     for field in ("half-tail", "label", "entropy"):
         if entry.targets.has(field):
             found[field] = _value_codes(getattr(targets, VALUES[field]), value_step)
@@ -149,6 +149,8 @@ def _reference(entry: TeacherEntry, kept: NDArray[Any], certain: NDArray[Any], m
 
 def decode(entry: TeacherEntry, start: int, arrays: Arrays) -> SparseTargets:
     """The targets of the positions `start .. start + T`."""
+    if not entry.targets.k:
+        return _labels_alone(entry, start, arrays[field_array(entry, "label")])
     kept, certain, raw = arrays["kept"], arrays["certain"], arrays["ids"]
     is_kept, is_certain = leading_columns(kept, raw.shape[1]), leading_columns(certain, raw.shape[1])
     ids = np.where(is_certain, raw, np.cumsum(raw * ~is_certain, axis=1, dtype=raw.dtype))
@@ -167,6 +169,18 @@ def decode(entry: TeacherEntry, start: int, arrays: Arrays) -> SparseTargets:
         certain=certain,
         logprobs=logprobs.astype(np.float32),
         **{VALUES[field]: value.astype(np.float32) for field, value in values.items()},
+    )
+
+
+def _labels_alone(entry: TeacherEntry, start: int, stored: NDArray[Any]) -> SparseTargets:
+    none = np.zeros(len(stored), dtype=np.uint16)
+    return SparseTargets(
+        start=start,
+        token_ids=np.empty((len(stored), 0), dtype=token_id_dtype(entry.vocabulary_size)),
+        kept=none,
+        certain=none,
+        logprobs=np.empty((len(stored), 0), dtype=np.float32),
+        label_logprob=decoded_value(entry, "label", stored).astype(np.float32),
     )
 
 
@@ -215,6 +229,8 @@ def _log_head(entry: TeacherEntry, arrays: Arrays) -> NDArray[np.float64]:
 
 def broken_rule(entry: TeacherEntry, arrays: Arrays) -> str | None:
     """The first rule that stored values break, or None; of the label, `storage.format.stored` knows the rule."""
+    if not entry.targets.k:
+        return _fill_value(entry, "label", arrays)
     kept, certain = arrays["kept"], arrays["certain"]
     if (kept > entry.targets.k).any() or (certain > kept).any():
         return "kept exceeds K, or certain exceeds kept"
@@ -279,8 +295,9 @@ def _broken_values(entry: TeacherEntry, arrays: Arrays) -> str | None:
             continue
         name = field_array(entry, field)
         stored = arrays[name]
-        if codes and (stored > NOTHING_INSIDE).any():
-            return f"{name} holds the fill value"
+        filled = _fill_value(entry, field, arrays)
+        if filled is not None:
+            return filled
         if field == "label":
             continue
         none, empty = (stored == NONE, stored == NOTHING_OUTSIDE) if codes else (np.isnan(stored), np.isneginf(stored))
@@ -297,4 +314,12 @@ def _broken_values(entry: TeacherEntry, arrays: Arrays) -> str | None:
             return f"{name} is positive: no probability exceeds 1"
         if field == "tail" and codes and not np.array_equal(stored == NOTHING_INSIDE, (certain == 0) & (kept > 0)):
             return f"{name} says that no id is certain, or does not where it must"
+    return None
+
+
+def _fill_value(entry: TeacherEntry, field: str, arrays: Arrays) -> str | None:
+    """What is wrong with the codes of a field that hold the fill value, or None."""
+    name = field_array(entry, field)
+    if entry.encoding.kind == "codes" and (arrays[name] > NOTHING_INSIDE).any():
+        return f"{name} holds the fill value"
     return None

@@ -28,7 +28,7 @@ from storage.cache.inventory import (
 from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
 from storage.cache.records import check_metadata, read_fidelity, tokenizer_key
-from storage.errors import CorruptCache, IdentityMismatch
+from storage.errors import CorruptCache, IdentityMismatch, InputError
 from storage.format.identity import other_tokens
 from storage.format.layout import ArraySpec, record_bytes
 from storage.format.manifest.cache import CacheRecord
@@ -205,6 +205,11 @@ def _entry(source: Source, name: str, folder: Path, redact: bool) -> list[Receip
         differing = [f"{field}: the entry has {a}, the cache {b}" for field, (a, b) in foreign.items()]
         raise IdentityMismatch(snapshot.where(key), differing, "Its targets belong to other tokens: leave it out")
     # Nothing is taken from an entry of a cache that was shared without its text twice.
+    if redact and not entry.targets.k:
+        raise InputError(
+            f"{snapshot.where(key)}: it holds the log-probs of the text's tokens alone, and a cache without its text "
+            f"has nothing of them: leave the entry out, or share the tokens too"
+        )
     changed = without_label(entry) if redact and cache.record.corpus.tokens_included else entry
     write_file(folder, key, snapshot.read(key) if changed == entry else record_bytes(changed))
     report = read_fidelity(snapshot, group.prefix, group.record_sha256)

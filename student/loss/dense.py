@@ -75,6 +75,7 @@ class DenseLoss(DistillationLoss):
         member = Member(LIVE, 1.0, None, vocabulary_size)
         super().__init__(vocabulary_size, alpha, temperature, [member], **options)
         self._source = source
+        self._divergence = self.objective.divergence
 
     def meaning(self, name: str) -> str:
         del name
@@ -139,7 +140,7 @@ class DenseLoss(DistillationLoss):
         log_p = torch.log_softmax(z_teacher / tau, 1)
         log_q = torch.log_softmax(z / tau, 1)[:, :v]
         nothing = log_p.new_full((len(log_p),), -math.inf)
-        by_row = Divergence(self.current.loss, self.current.mixing)((log_p, nothing), (log_q, nothing))
+        by_row = Divergence(self._divergence, self.current.mixing)((log_p, nothing), (log_q, nothing))
         least = self.objective.min_entropy
         if least is None:
             return ce, by_row, 1.0

@@ -28,7 +28,8 @@ from student.labels import NOT_TRAINED
 from student.loss.control_variate import ControlCoefficient, ControlledTail
 from student.loss.divergences import Divergence, TailAwareKL
 from student.loss.members import check_linear, normalised, tail_of
-from student.loss.objective import SAMPLED_TAILS, TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
+from student.loss.objective import LIGHTNING_OPD, SAMPLED_TAILS, TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
+from student.loss.on_policy import SampledTokens
 from student.loss.student_logprobs import check_batch, student_buckets
 from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
 from student.target_batch import StoredBatch, TargetBatch
@@ -234,6 +235,8 @@ class DistillationLoss:
     def meaning(self, name: str) -> str:
         """A member's reported divergence in a few words: how it relates to the dense one, such as a lower bound."""
         tail = self.tails[name]
+        if self.objective.loss == LIGHTNING_OPD:
+            return "of the rollouts' tokens: an estimate of the reverse KL near the model that made them"
         if self._is_cross_entropy(name):
             return "a cross-entropy to the teacher, whose entropy is not stored; an estimate from drawn ids"
         if tail == "bucket":
@@ -289,8 +292,7 @@ class DistillationLoss:
             position_weights = None if position_weights is None else position_weights[rows]
         trained = labels != NOT_TRAINED
         tempered = [
-            temper(each, member, self.temperature, trained, self.objective.interpolate_tail)
-            for member, each in zip(self.members, by_member, strict=True)
+            self._compared(each, member, labels, trained) for member, each in zip(self.members, by_member, strict=True)
         ]
         of_label, of_teacher, in_window = self._scale(labels)
         return PreparedLoss(
@@ -309,7 +311,16 @@ class DistillationLoss:
             _teacher_weights=_product(_product(position_weights, self._selected(tempered)), _renormalised(tempered)),
         )
 
-    def _term(self, tempered: Tempered) -> Term:
+    def _compared(
+        self, targets: TargetBatch, member: Member, labels: Tensor, trained: Tensor
+    ) -> Tempered | SampledTokens:
+        if self.objective.loss == LIGHTNING_OPD:
+            return SampledTokens.of(targets, member, labels, trained)
+        return temper(targets, member, self.temperature, trained, self.objective.interpolate_tail)
+
+    def _term(self, tempered: Tempered | SampledTokens) -> Term:
+        if isinstance(tempered, SampledTokens):
+            return tempered
         objective, name = self.current, tempered.member.name
         if name in self.controls:
             return ControlledTail.of(tempered, self.controls[name].value)
@@ -320,7 +331,7 @@ class DistillationLoss:
                 raise InputError(f"teacher {name}: {objective.loss} needs targets that say their `sequence`")
             sequences, head = (tempered.sequence, tempered.trained), objective.head_size
             return TailAwareKL.of(tempered.bucketed, *sequences, head, objective.tail_weighting)
-        divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
+        divergence, (heads, log_tail) = Divergence(objective.divergence, objective.mixing), tempered.bucketed
         return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
     def _scale(self, labels: Tensor) -> tuple[float, float, Tensor | None]:
@@ -337,7 +348,7 @@ class DistillationLoss:
         index = torch.arange(len(labels), device=labels.device) % size
         return size / (size - 1), float(size), index < size - 1
 
-    def _selected(self, tempered: Sequence[Tempered]) -> Tensor | None:
+    def _selected(self, tempered: Sequence[Tempered | SampledTokens]) -> Tensor | None:
         """bool [P]: where the weighted mean entropy of the members that have targets reaches `min_entropy`; None:
         everywhere."""
         if self.objective.min_entropy is None or not tempered:
@@ -382,7 +393,7 @@ def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one * other if one is not None and other is not None else one if other is None else other
 
 
-def _renormalised(tempered: Sequence[Tempered]) -> Tensor | None:
+def _renormalised(tempered: Sequence[Tempered | SampledTokens]) -> Tensor | None:
     """``1 / sum of w_m over the members m that have targets`` [P], 1 where none has; None for a single member."""
     if len(tempered) < 2:
         return None

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student.loss.objective import LossName
+from student.loss.objective import DivergenceName
 
 Side = tuple[Tensor, Tensor]
 
@@ -46,7 +46,7 @@ class Divergence:
     and no gradient flows to it.
     """
 
-    name: LossName
+    name: DivergenceName
     mix: float = 0.0
 
     def __call__(self, teacher: Side, student: Side) -> Tensor:

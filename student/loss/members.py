@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from storage.errors import InputError
-from student.loss.objective import SAMPLED_TAILS, Objective, Tail
+from student.loss.objective import LIGHTNING_OPD, SAMPLED_TAILS, Objective, Tail
 from student.loss.teacher_targets import Member
 
 
@@ -33,6 +33,10 @@ def normalised(members: Sequence[Member]) -> tuple[Member, ...]:
 
 def tail_of(member: Member, objective: Objective) -> Tail:
     """A member's treatment of the tail, with auto resolved. Raises InputError where its entry does not allow it."""
+    if objective.loss == LIGHTNING_OPD:
+        member.needs("label", f"loss {objective.loss}")
+        return "none"
+    member.needs("ids", f"loss {objective.loss}")
     for temperature in objective.temperatures:
         if member.sampled_at not in (None, temperature):
             raise InputError(

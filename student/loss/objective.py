@@ -1,18 +1,21 @@
 """The training objective of a student: the options of the loss as frozen, validated data; imports no torch.
 
-The equations are in `student.loss.distillation`, `student.loss.teacher_targets` and `student.loss.divergences`.
+The equations are in `student.loss.distillation`, `student.loss.teacher_targets`, `student.loss.divergences` and
+`student.loss.on_policy`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from storage.config import Settings, explained
 from storage.errors import InputError
 
-LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl"]
+DivergenceName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]
+LossName = Literal[DivergenceName, "tail-aware-kl", "lightning-opd"]
+LIGHTNING_OPD: Final = "lightning-opd"
 Tail = Literal["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]
 
 EXACT_TEMPERATURES = (1.0, 2.0)
@@ -46,7 +49,8 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 class Objective(Settings):
     """``alpha * CE + (1 - alpha) * tau**2 * loss(teacher, student)``.
 
-    loss               the divergence between teacher and student
+    loss               the divergence between teacher and student; or lightning-opd, of the student's own samples
+                       (`student.loss.on_policy`), which leaves nothing else of this open
     mix, mix_end       beta of jsd [0.5], lambda of the skewed divergences [0.1]; between 0 and 1
     head_ids           of tail-aware-kl: a position's likeliest ids, so many, are its head, the others its tail [10]
     tail_weight        of tail-aware-kl: beta, the weight of the tail, over the mean of its mass in a sequence [2]
@@ -109,7 +113,22 @@ class Objective(Settings):
                 f"temperature {first:g} to {last:g}: the steps between them have temperatures at which the stored "
                 "tails are not exact; add --interpolate-tail for an interpolated tail with its error stated"
             )
+        if self.loss == LIGHTNING_OPD:
+            for name, field in Objective.model_fields.items():
+                if name not in ("loss", "alpha") and getattr(self, name) != field.default:
+                    raise ValueError(f"{name} {getattr(self, name)}: loss {self.loss} is of the sampled tokens alone")
+            if self.alpha != 0:
+                raise ValueError(f"alpha {self.alpha:g}: the cross-entropy of a student's own samples teaches nothing")
         return self
+
+    @property
+    def divergence(self) -> DivergenceName:
+        """The loss as a divergence of two whole distributions. Raises InputError where it is none."""
+        if self.loss == LIGHTNING_OPD:
+            raise InputError(f"loss {self.loss} is of cached log-probs of sampled tokens: take reverse-kl here")
+        if self.loss == "tail-aware-kl":
+            raise InputError(f"loss {self.loss} is of top-k targets of whole sequences: take another here")
+        return self.loss
 
     @property
     def mixing(self) -> float:

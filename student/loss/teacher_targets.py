@@ -43,9 +43,9 @@ class Member:
     `weight` is relative to the other members'. `step_nats` is the quantisation step of the entry's codes; None when it
     stores float32 log-probs. `vocabulary_size` is V. `sampled_at` is the temperature for which ids were sampled; None
     for an entry of top-k targets, in which every id is certain. `absent` are the fields that the entry does not store:
-    some of entropy, half-tail, sampled-logprobs, tail. `log_rounding` is what the stored log-probs of sampled ids are
-    above the teacher's in the mean, nats: they are rounded for the mean of 1 / p. `sources` are those of the documents
-    that it teaches, None for all. `stored_ids` is K, None where it is not known.
+    some of entropy, half-tail, ids, label, sampled-logprobs, tail. `log_rounding` is what the stored log-probs of
+    sampled ids are above the teacher's in the mean, nats: they are rounded for the mean of 1 / p. `sources` are those
+    of the documents that it teaches, None for all. `stored_ids` is K, None where it is not known.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Member:
         """The member that an entry is; `sources` as the windows are read with, by default those of the entry."""
         taught = entry.targets.sources if sources is None else sources
         varopt = entry.targets.method == "varopt"
-        wanted = ("entropy", "half-tail", "tail", *(("sampled-logprobs",) if varopt else ()))
+        wanted = ("entropy", "half-tail", "ids", "label", "tail", *(("sampled-logprobs",) if varopt else ()))
         return cls(
             name,
             weight,
@@ -84,6 +84,11 @@ class Member:
         """Raise InputError unless the entry stores a field, which something is computed from."""
         if field not in self.absent:
             return
+        if field == "ids":
+            raise InputError(
+                f"teacher {self.name}: {what} needs the teacher's likely ids, and its entry holds the log-probs of the "
+                f"text's own tokens alone: cache it with --targets varopt or topk, or take --loss lightning-opd"
+            )
         if field == "tail":
             raise InputError(
                 f"teacher {self.name}: {what} needs the mass outside its stored ids, which its entry does not know: "

@@ -15,13 +15,14 @@ from storage.format.manifest.entry import TeacherEntry
 from storage.format.sealing import digest
 from storage.progress import Log, silent
 from student.data.entries import usable_sources
+from student.data.rollouts import check_rollouts
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import figure_of
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
 from student.loss.distillation import DistillationLoss
 from student.loss.members import tail_of
-from student.loss.objective import Objective
+from student.loss.objective import LIGHTNING_OPD, Objective
 from student.loss.teacher_targets import Member
 from student.models.configuration import stated_columns
 from student.models.tokenizer import model_folder, read_tokenizer
@@ -122,6 +123,8 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
             f"{job.cache}: --loss-scale babyllama leaves out a window's last label, which has no fixed row where "
             f"windows begin with BOS: take --loss-scale token, or windows without BOS (no --bos-each-window)"
         )
+    if job.loss == LIGHTNING_OPD:
+        check_rollouts(caches.windows, job.model)
     windows, eval_windows = caches.windows.cut(job.window_tokens, job.offset), caches.eval_windows
     if eval_windows is not None:
         eval_windows = eval_windows.cut(job.window_tokens, "fixed")

@@ -33,8 +33,8 @@ from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound, targets_of
 from student.models.adapters.attach import check_checkpoint_adapter, check_mergeable, count_trained
 from student.models.loading import load_student
+from student.models.model_files import stored_dtype
 from student.models.saved_tokenizer import saved_tokenizer
-from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids
 from student.report import AvailableText, HeldOutReport, PeakMemory, TailBound, TrainingReport, parameters_in_words
 from student.training.arguments import checked_arguments, training_values, trains_adapter

@@ -24,15 +24,15 @@ from storage.format.manifest.teacher import TeacherIdentity
 from storage.text import counted
 from student.loss.documents import mixes_documents
 from student.models.adapters.attach import check_installed, merged, with_adapter
-from student.models.tokenizer import read_tokenizer
-from teachers.huggingface.device_map import DeviceMap, input_device
-from teachers.huggingface.model_files import (
+from student.models.model_files import (
     ModelFiles,
-    adapter_config_sha256,
+    adapter_digests,
     config_sha256,
     find_model,
     weights_sha256,
 )
+from student.models.tokenizer import read_tokenizer
+from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.output_layer import head_of, linear_of
 from teachers.huggingface.scoring import TOLERANCE, FastPath, choose_path, forward, is_causal
 from teachers.huggingface.sharded_head import ShardedPath, choose_sharded_path, tensor_parallel_options
@@ -240,11 +240,7 @@ def _weights_sha256(files: ModelFiles, ranks: Ranks | None) -> str:
 def _adapter_identity(files: ModelFiles) -> dict[str, Any]:
     if files.adapter is None:
         return {}
-    return {
-        "adapter": files.adapter.directory.name,
-        "adapter_sha256": weights_sha256([files.adapter.weights]),
-        "adapter_config_sha256": adapter_config_sha256(files.adapter.config),
-    }
+    return {"adapter": files.adapter.directory.name, **adapter_digests(files)}
 
 
 def _test_forward(model: Any, windows: Tensor, source: str, ranks: Ranks | None) -> Tensor:

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from storage.errors import InputError
 from student.models.configuration import config_of
 from student.models.loading import load_student
+from student.models.model_files import stored_dtype
 from student.models.presets import PRESET_VOCABULARY, PRESETS, describe_presets, preset_settings
-from student.models.stored_dtype import stored_dtype
 
 V = 101
 SPECIAL = {"bos": 1, "eos": 2, "pad": 0}

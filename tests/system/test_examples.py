@@ -14,11 +14,12 @@ import pytest
 import torch
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.caches.streams import chat_lengths
-from support.commands import ROOT
+from support.commands import ROOT, Run
 from support.processes import start_code
 from support.runs import LLAMA, V, have_equal_weights, job_in, make_world
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from storage import LogitCache
 from storage.format.manifest.entry import Windowing
 from student import DistillationLoss, DistillationWindows, Member, collate, load_student, reading_order
 from student.training.run import train
@@ -170,3 +171,102 @@ def test_an_example_is_a_command(world: Path, tmp_path: Path, name: str, package
     assert done.returncode == 0, done.stderr
     assert "kl_a" in done.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == V
+
+
+# --- offline on-policy distillation ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory, small_cache: Path) -> Path:
+    """`student`, `other`, and a `teacher` that is the student, but surer; prompts of a few ids."""
+    folder, tokenizer = tmp_path_factory.mktemp("policies"), AutoTokenizer.from_pretrained(small_cache / "tokenizer")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=400, max_position_embeddings=64, initializer_range=0.2, **shape)
+    for name, seed, sharper in (("student", 7, 1.0), ("teacher", 7, 2.5), ("other", 8, 1.0)):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(sharper)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rng = np.random.default_rng(0)
+    prompts = [{"input_ids": rng.integers(3, 400, 2 + n % 4).tolist()} for n in range(240)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    return folder
+
+
+def reverse_kl(folder: Path, student: Path, rows: list[dict[str, Any]]) -> float:
+    """The mean of KL(q || p) over the sampled tokens' positions, of a student's rollouts."""
+    q, p = (AutoModelForCausalLM.from_pretrained(model) for model in (student, folder / "teacher"))
+    total, count = 0.0, 0
+    for row in rows:
+        ids, first = torch.tensor([row["input_ids"]]), row["loss_mask"].index(1)
+        with torch.no_grad():
+            log_q, log_p = (torch.log_softmax(model(ids).logits[0, first - 1 : -1], 1) for model in (q, p))
+        total += float((log_q.exp() * (log_q - log_p)).sum())
+        count += len(log_q)
+    return total / count
+
+
+def rollouts_of(folder: Path, student: Path, out: Path, seed: int, samples: int) -> list[dict[str, Any]]:
+    load("sample_rollouts").sample(
+        str(student),
+        str(folder / "prompts.jsonl"),
+        str(out),
+        max_new_tokens=12,
+        samples=samples,
+        batch_prompts=120,
+        seed=seed,
+    )
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_student_of_its_own_rollouts_comes_nearer_to_its_teacher(policies: Path, tmp_path: Path, run: Run) -> None:
+    """From rollouts to a better student by the commands, measured on fresh rollouts of either; and another student is
+    refused the rollouts."""
+    rows = rollouts_of(policies, policies / "student", tmp_path / "rows.jsonl", 0, samples=8)
+    assert len(rows) == 8 * 240
+    assert all(row["loss_mask"] == sorted(row["loss_mask"]) and 1 in row["loss_mask"] for row in rows)
+    cache = tmp_path / "cache"
+    for line in (
+        (
+            "logit-cache",
+            "tokenize",
+            "--text",
+            tmp_path / "rows.jsonl",
+            "--tokenizer",
+            policies / "student",
+            "--out",
+            cache,
+        ),
+        ("cache-logits", "--cache", cache, "--teacher", policies / "teacher", "--name", "t", "--targets", "none"),
+    ):
+        done = run(*line)
+        assert done.returncode == 0, done.stderr
+    opened = LogitCache.open(str(cache))
+    assert opened.record.corpus.rollouts.model_dump(mode="json") == rows[0]["rollout"]
+    assert "rollouts of student (weights sha256" in run("logit-cache", "inspect", cache).stdout
+    tokens = [token for row in rows for token in row["input_ids"]]
+    assert sorted(opened.tokens.read(0, len(tokens)).tolist()) == sorted(tokens)
+    train_line = ("train-student", "--cache", cache, "--teacher", "t", "--loss", "lightning-opd", "--window-tokens", 16)
+    refused = run(*train_line, "--model", policies / "other", "--output-dir", tmp_path / "no")
+    assert refused.returncode == 2
+    assert "its rollouts are of another model (student) than the student" in refused.stderr
+    assert "weights_sha256: theirs" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    steps = ("num_train_epochs=2", "per_device_train_batch_size=64", "learning_rate=3e-3", "lr_scheduler_type=constant")
+    settings = [
+        word for step in (*steps, "weight_decay=0", "warmup_steps=0", "logging_steps=1") for word in ("--set", step)
+    ]
+    out = tmp_path / "out"
+    done = run(*train_line, "--model", policies / "student", "--output-dir", out, *settings, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["job"]["alpha"] == 0
+    before, after = (
+        reverse_kl(policies, model, rollouts_of(policies, model, tmp_path / "fresh.jsonl", 9, samples=2))
+        for model in (policies / "student", out)
+    )
+    logged = json.loads(done.stdout)["train_log"]
+    assert logged[0]["lightning_opd_t"] == pytest.approx(before, rel=0.2), "at first an estimate of the reverse KL"
+    assert after < 0.8 * before, (before, after)

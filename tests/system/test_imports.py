@@ -246,7 +246,7 @@ WRONG = (
     "cache-logits --teacher t --name n --tokenizer t",
     "train-student --cache c --teacher t --model llama-tiny --output-dir o --alpha 2",
     "train-teacher --cache c --output-dir o",
-    "logit-cache plan --cache c --teacher t --targets none",
+    "logit-cache plan --cache c --teacher t --targets nothing",
     "logit-cache evaluate model",
     "logit-cache recompress c --name n --to N",
     "logit-cache tokenize --text t --out o --train-tokenizer -5",

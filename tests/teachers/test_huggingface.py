@@ -20,11 +20,11 @@ from support.models.saved import own_logits, saver
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-import teachers.huggingface.model_files
+import student.models.model_files
 from storage.errors import InputError
 from storage.format.encoding import logprob_floor
+from student.models.model_files import config_sha256, find_model, weights_sha256
 from teachers.base import Teacher
-from teachers.huggingface.model_files import config_sha256, find_model, weights_sha256
 from teachers.huggingface.teacher import HuggingFaceTeacher
 from teachers.reduction.reduce import reduce_topk
 
@@ -324,7 +324,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str
                 shutil.copyfile(file, snapshot / name)
         return str(snapshot)
 
-    monkeypatch.setattr(teachers.huggingface.model_files, "snapshot_download", download)
+    monkeypatch.setattr(student.models.model_files, "snapshot_download", download)
     return repository, asked
 
 
@@ -371,7 +371,7 @@ def test_what_the_hub_refuses_is_one_line(
     def refuse(*_: Any, **__: Any) -> str:
         raise error("refused", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(teachers.huggingface.model_files, "snapshot_download", refuse)
+    monkeypatch.setattr(student.models.model_files, "snapshot_download", refuse)
     message = refusal("somebody/a-model")
     assert message.startswith("somebody/a-model: ")
     assert advice in message
@@ -428,7 +428,7 @@ def test_broken_configs(text: str, broken: Path) -> None:
 
 
 def test_a_config_that_is_no_size_for_one(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers.huggingface.model_files, "_MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(student.models.model_files, "_MAX_JSON_BYTES", 10)
     assert "at most 10 are read as JSON" in refusal(broken)
 
 

@@ -18,10 +18,10 @@ from support.references.varopt import sampling_of
 from torch import Tensor
 
 from storage.errors import InputError
+from student.models.model_files import find_model
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.device_map import DeviceMap
-from teachers.huggingface.model_files import find_model
 from teachers.huggingface.output_layer import OffloadedHead
 from teachers.huggingface.scoring import FastPath
 from teachers.huggingface.sharded_head import ShardedHead

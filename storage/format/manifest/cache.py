@@ -20,13 +20,38 @@ class CorpusSource(Record):
     text_bytes: Count
 
 
+class Rollouts(Record):
+    """The model that sampled all trained tokens of a stream, and how.
+
+    `source` is a hub id or the last part of a local path; the digests alone identify the model, those of an adapter
+    with its base's. `top_p` 1 and `top_k` 0 leave no id out.
+    """
+
+    source: Text
+    weights_sha256: Sha256
+    config_sha256: Sha256
+    adapter_sha256: Sha256 | None = ADDED
+    adapter_config_sha256: Sha256 | None = ADDED
+    temperature: Annotated[float, Field(gt=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: Count
+    max_new_tokens: Positive
+    seed: Count
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests that there are, by name."""
+        return {name: value for name, value in self.model_dump().items() if name.endswith("_sha256")}
+
+
 class Corpus(Record):
     """The token stream. `stream_sha256` covers tokens (as uint32), document starts (uint64) and loss mask.
 
     Since version 2 of the CacheRecord, and None before: `begins_with_bos`: whether documents of text begin with the ids
     that the tokenizer puts before a text; `template_sha256`: of the chat templates that rendered conversations, joined
     by NUL characters; `template_variables` and `date`: what they were given; `skipped_rows`: rows left out because they
-    cannot be read; `document_sources`: whether there is an array of that name.
+    cannot be read; `document_sources`: whether there is an array of that name; `rollouts`: the model that sampled the
+    trained tokens.
     """
 
     positions: Positive
@@ -43,6 +68,7 @@ class Corpus(Record):
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = ADDED
     skipped_rows: Count | None = ADDED
     document_sources: bool | None = ADDED
+    rollouts: Rollouts | None = ADDED
 
     def added(self) -> dict[str, Any]:
         """What a record of version 1 does not have."""

@@ -32,6 +32,7 @@ class Shrunk(Record):
 class Targets(Record):
     """Which ids are stored for a position, and what of them.
 
+    `method` none: no ids, k = 0, and the log-prob of the label alone.
     `head_ids`: number of ids kept with certainty before sampling starts; `top_p`: the mass at which a row is pruned;
     `seed` keys the sampling by absolute position; `temperature`: the one that ids were sampled for.
 
@@ -45,8 +46,8 @@ class Targets(Record):
     samples that this one was sampled from, the first one first.
     """
 
-    method: Literal["top-k", "varopt"] = "top-k"
-    k: Annotated[int, Field(ge=1, le=MAX_UINT16)]
+    method: Literal["top-k", "varopt", "none"] = "top-k"
+    k: Annotated[int, Field(ge=0, le=MAX_UINT16)]
     head_ids: Count | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Count | None = None
@@ -64,9 +65,11 @@ class Targets(Record):
     shrunk_from: Annotated[tuple[Shrunk, ...], Field(max_length=MOST_SHRUNK)] | None = ADDED
 
     def has(self, field: str) -> bool:
-        """Whether a field is stored: one of `TARGET_FIELDS`, or the tail. Version 1 lacks at most the label's."""
+        """Whether a field is stored: one of `TARGET_FIELDS`, the tail, or ids. Version 1 lacks at most the label's."""
         if field == "tail":
             return self.tail != "unknown"
+        if field == "ids":
+            return self.k > 0
         if self.fields is None:
             return field != "label" or bool(self.has_label_logprob)
         return field in self.fields
@@ -94,6 +97,10 @@ class Targets(Record):
         chosen = {name: getattr(self, name) for name in ("sources", "long_documents", "document_tokens")}
         if self.sample_size is not None and (self.method != "varopt" or version == 1):
             raise ValueError("sample_size goes with varopt of version 2")
+        if (self.method == "none") != (self.k == 0):
+            raise ValueError("a k of 0 goes with the method none, and with it only")
+        if self.method == "none" and (self.fields, self.tail, self.top_p) != (("label",), "unknown", None):
+            raise ValueError("without ids the label alone is stored, and nothing of the mass outside them")
         if version == 1:
             wrong = [name for name, value in {**later, **varopt, **chosen}.items() if value is not None]
             if wrong or self.has_label_logprob is None:
@@ -111,8 +118,8 @@ class Targets(Record):
             raise ValueError("long_documents and document_tokens go together, with all or trained positions")
         if list(self.sources or ()) != sorted(set(self.sources or ())) or (self.sources and self.positions == "some"):
             raise ValueError("sources are in alphabetical order, each once, and go with all or trained positions")
-        if self.method == "top-k" and self.has("sampled-logprobs"):
-            raise ValueError("sampled-logprobs go with varopt: every id of top-k is certain")
+        if self.method != "varopt" and self.has("sampled-logprobs"):
+            raise ValueError("sampled-logprobs go with varopt: of other methods every id is certain")
         if self.tail == "unknown" and (self.method == "varopt" or self.has("half-tail")):
             raise ValueError("a tail that is not known goes with neither varopt nor half-tail")
         if self.method == "varopt" and self.temperature not in (1.0, 2.0):
@@ -242,7 +249,7 @@ class TeacherEntry(Record):
         if self.targets.order == "embeddings" and self.vocabulary_size > MAX_ORDERED_IDS:
             raise ValueError(f"an order of embeddings is one of at most {MAX_ORDERED_IDS} ids")
         # Sizes are bounded before anything is allocated from them.
-        if 4 * self.targets.k * self.layout.shard > MAX_OBJECT_BYTES:
+        if 4 * max(self.targets.k, 1) * self.layout.shard > MAX_OBJECT_BYTES:
             raise ValueError(f"a shard of {self.layout.shard} positions with k {self.targets.k} exceeds one object")
         self.layout.check_length(self.positions)
         return self

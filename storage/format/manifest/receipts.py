@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from storage.format.manifest.shared import MAX_OBJECT_BYTES, Count, Positive, Sha256, Text
+from storage.format.manifest.shared import ADDED, MAX_OBJECT_BYTES, Count, Positive, Sha256, Text
 from storage.format.sealing import Record
 
 MAX_INDEX_BYTES = 1 << 28
@@ -31,17 +31,18 @@ class FileDigest(Record):
 class ShardStatistics(Record):
     """Sums over the positions of a shard, so that a summary needs no array. Nats, and counts of positions.
 
-    `positions` are those with targets. `entropy_nats` is None where whoever wrote the shard did not know it.
+    `positions` are those with targets. `entropy_nats` is None where whoever wrote the shard did not know it; of entries
+    without ids there is no head.
     """
 
     positions: Count
     labelled: Count
     label_nats: float
     entropy_nats: float | None
-    head_mass: float
-    head_mass_below_half: Count
-    head_mass_below_90: Count
-    head_mass_below_99: Count
+    head_mass: float | None = ADDED
+    head_mass_below_half: Count | None = ADDED
+    head_mass_below_90: Count | None = ADDED
+    head_mass_below_99: Count | None = ADDED
 
     def __add__(self, other: ShardStatistics) -> ShardStatistics:
         sums: dict[str, Any] = {}

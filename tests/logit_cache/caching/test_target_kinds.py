@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from support.commands import Run
-from support.jobs import cache_logits, contents, refusal, whole
+from support.jobs import cache_logits, contents, copy_of, refusal, whole
 from support.models.saved import dense_logprobs
 from transformers import AutoModelForCausalLM
 
+from logit_cache.caching.job import CacheJob
 from logit_cache.caching.recompress import RecompressJob, recompress
 from storage import LogitCache
 from storage.format.manifest.entry import TARGET_FIELDS, Targets
@@ -232,3 +234,114 @@ def test_ids_sampled_in_an_order_or_by_duels_are_made_read_and_audited(
     for check in (("verify", cache, "--deep"), ("audit", cache, "--name", "v", "--teacher", teacher)):
         done = run("logit-cache", *check)
         assert done.returncode == 0, done.stderr + done.stdout
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory, small_cache: Path, run: Run) -> Path:
+    """Rows of ids of which a part is trained on: isolated documents, and targets at some positions. Two ids of one
+    document are all that it has."""
+    folder, rng = tmp_path_factory.mktemp("chats"), np.random.default_rng(3)
+    lengths = [2, *rng.integers(2, 60, 80).tolist()]
+    rows = [
+        {"input_ids": rng.integers(0, 400, n).tolist(), "loss_mask": [0, *rng.integers(0, 2, n - 2).tolist(), 1]}
+        for n in lengths
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(
+        "logit-cache", "tokenize", "--text", folder / "rows.jsonl", "--tokenizer", small_cache, "--out", folder / "c"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "c"
+
+
+@pytest.mark.parametrize("encoding", ["codes", "float32"])
+def test_targets_without_ids_are_the_label_s_log_probs(chats: Path, teacher: Path, run: Run, encoding: str) -> None:
+    """One array of 2 bytes a position, or 4: where a token follows that is trained on, and nowhere else."""
+    options = ("--targets", "none", "--encoding", encoding, "--name", encoding)
+    done = run("cache-logits", "--cache", chats, "--teacher", teacher, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    targets, stored = whole(chats, encoding)
+    made = Targets(method="none", k=0, fields=("label",), positions="trained", tail="unknown")
+    assert targets.entry.targets == made
+    (spec,) = targets.specs.values()
+    assert (spec.name, spec.itemsize) == {"codes": ("label_code", 2), "float32": ("label_logprob", 4)}[encoding]
+    assert json.loads(done.stdout)["bytes_per_token"] < spec.itemsize + 0.5
+    opened = LogitCache.open(str(chats))
+    _, full = cache_logits(chats, f"full-{encoding}", teacher, **TOPK)
+    trained = opened.loss_mask.read(0, len(stored))
+    step = targets.entry.encoding.value_step_nats or 0.0
+    assert stored.k == 0
+    assert np.array_equal(stored.there, trained)
+    np.testing.assert_allclose(stored.label_logprob[trained], full.label_logprob[trained], atol=step / 2 + 1e-5)
+    assert np.isnan(stored.label_logprob[~trained]).all()
+    known = full.label_logprob[trained].astype(np.float64)
+    assert json.loads(done.stdout)["summary"]["cross_entropy"] == pytest.approx(-known.mean(), abs=1e-5)
+
+
+def test_commands_know_an_entry_without_ids(chats: Path, teacher: Path, tmp_path: Path, run: Run) -> None:
+    cache = copy_of(chats, tmp_path / "cache")
+
+    made = ("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "n", "--targets", "none")
+    planned = run("logit-cache", "plan", *made[1:], "--json")
+    assert set(json.loads(planned.stdout)["size"]["array_bytes"]) == {"label_code"}, planned.stderr
+    assert run(*made).returncode == 0
+    before = contents(cache, "n")
+    again = run(*made)
+    assert again.returncode == 0, again.stderr
+    assert contents(cache, "n") == before
+    assert run("logit-cache", "verify", cache, "--deep").returncode == 0
+    shown = run("logit-cache", "inspect", cache).stdout
+    assert "no ids, the label alone, at trained positions" in shown
+    assert "serves      lightning-opd" in shown
+    trained = int(np.flatnonzero(LogitCache.open(str(cache)).loss_mask.read(0, 900))[3])
+    assert re.search(
+        r"teacher n: no ids stored, next token at -\d", run("logit-cache", "inspect", cache, "--at", trained).stdout
+    )
+    audited = run("logit-cache", "audit", cache, "--name", "n", "--teacher", teacher, "--windows", 8, "--json")
+    assert audited.returncode == 0, audited.stderr
+    assert set(json.loads(audited.stdout)["fields"]) == {"label_logprob"}
+    alone = run("logit-cache", "audit", cache, "--name", "n")
+    assert alone.returncode == 0, alone.stderr
+    assert "text: without ids" in alone.stdout
+    pushed = run("logit-cache", "push", cache, tmp_path / "there")
+    assert pushed.returncode == 0, pushed.stderr
+    assert contents(tmp_path / "there", "n") == before
+    assert "no ids, the label alone" in (tmp_path / "there" / "README.md").read_text()
+    fewer = run("logit-cache", "recompress", cache, "--name", "n", "--to", "fast", "--profile", "fast")
+    assert fewer.returncode == 0, fewer.stderr
+    np.testing.assert_array_equal(whole(cache, "fast")[1].label_logprob, whole(cache, "n")[1].label_logprob)
+    for command, said in (
+        (("push", cache, tmp_path / "textless", "--without-tokens"), "log-probs of the text's tokens alone"),
+        (("export", cache, "--name", "n", "--format", "parquet", "--out", tmp_path / "out"), "stores no ids"),
+        (("recompress", cache, "--name", "n", "--to", "m", "-k", 1), "holds 0 ids"),
+    ):
+        done = run("logit-cache", *command)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert not (tmp_path / "textless").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"k": 8}, ("--k", "--targets topk or varopt")),
+        ({"seed": 1}, ("--seed", "--targets varopt")),
+        ({"step_nats": 0.5}, ("--step-nats", "--targets topk or varopt")),
+        ({"fields": ("label", "entropy")}, ("--fields", "label's log-prob alone")),
+        ({"fields": "lean"}, ("--fields lean",)),
+        ({"format_version": 1}, ("version 2",)),
+    ],
+    ids=str,
+)
+def test_options_about_ids_go_with_ids(cache: Path, teacher: Path, fields: dict[str, Any], words: tuple[str]) -> None:
+    job = CacheJob(cache="c", teacher=("t",), name="n", targets="none")
+    assert CacheJob.model_validate(job.model_dump(mode="json")) == job, "as workers of other engines are given it"
+    line = refusal(cache, "n", teacher, targets="none", **fields)
+    assert all(word in line for word in words), line
+
+
+def test_another_kind_of_targets_is_another_job(cache: Path, teacher: Path) -> None:
+    cache_logits(cache, "n", teacher, targets="none")
+    assert "targets.method" in refusal(cache, "n", teacher, **TOPK)
+    cache_logits(cache, "a", teacher, **TOPK)
+    assert "targets.method" in refusal(cache, "a", teacher, targets="none")

@@ -48,6 +48,8 @@ def audited(
     cache_logits(folder / "cache", "codes", engine.url, **FIELDS)  # type: ignore[arg-type]
     cache_logits(folder / "cache", "exact", engine.url, **FIELDS, encoding="float32")  # type: ignore[arg-type]
     cache_logits(folder / "cache", "local", teacher, **FIELDS)
+    no_ids = {"targets": "none", "context_tokens": 64}
+    cache_logits(folder / "cache", "labels", engine.url, **no_ids)  # type: ignore[arg-type]
     return folder / "cache"
 
 
@@ -55,12 +57,13 @@ def audit_of(cache: Path, name: str, *teachers: object, **fields: Any) -> Audit:
     return audit(AuditJob(str(cache), tuple(map(str, teachers)), name, windows=8, seed=1, **fields))
 
 
-@pytest.mark.parametrize("name", ["codes", "exact", "local"])
+@pytest.mark.parametrize("name", ["codes", "exact", "local", "labels"])
 def test_an_entry_is_consistent_with_server_and_files(audited: Path, engine: StandIn, teacher: Path, name: str) -> None:
     for live in (engine.url, teacher):
         found = audit_of(audited, name, live)
         assert found.consistent, (found.problems, found.differing)
-        assert {"logprobs", "token_ids", "log_tail"} <= found.fields.keys()
+        there = {"label_logprob"} if name == "labels" else {"logprobs", "token_ids", "log_tail"}
+        assert there <= found.fields.keys()
     assert len(found.identity) == (name != "local")
     assert all("its weights not verified" in line for line in found.identity)
 
@@ -74,7 +77,7 @@ def test_rows_are_possible_ones(audited: Path, name: str) -> None:
     assert ["mean log-prob" in problem for problem in found.problems] == [True]
 
 
-@pytest.mark.parametrize("name", ["codes", "exact"])
+@pytest.mark.parametrize("name", ["codes", "exact", "labels"])
 def test_another_model_is_not_consistent(
     audited: Path, engine: StandIn, teacher: Path, make_teacher: Callable[..., Path], name: str
 ) -> None:

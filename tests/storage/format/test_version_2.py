@@ -96,8 +96,15 @@ CASES: dict[str, tuple[Callable[[], SparseTargets], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+NO_IDS: dict[str, Any] = {"method": "none", "tail": "unknown", "fields": ("label",)}
+WITHOUT_IDS: dict[str, tuple[Callable[[], SparseTargets], dict[str, Any]]] = {
+    "no ids": (top_k, {**NO_IDS, "k": 0}),
+    "no ids, exact": (top_k, {**NO_IDS, "k": 0, "encoding": "float32"}),
+}
+
+
 def entry_of(record: Any, name: str) -> TeacherEntry:
-    changes = dict(CASES[name][1])
+    changes = dict((CASES | WITHOUT_IDS)[name][1])
     return make_entry_2(record, changes.pop("k", K), **changes, shard_tokens=32, chunk_tokens=16)
 
 
@@ -275,6 +282,10 @@ BROKEN: list[tuple[str, str, Callable[[np.ndarray], None], str]] = [
     ("top-k, all", "label_code", at(4, None, -(2**15) + 1), "label_code is infinite, or there where no token follows"),
     ("top-k, all", "label_code", at(T - 1, None, -4), "label_code is infinite, or there where no token follows"),
     ("top-k, exact", "label_logprob", at(4, None, 0.1), "a log-prob is positive: no probability exceeds 1"),
+    ("no ids", "label_code", at(4, None, 2**15 - 1), "label_code holds the fill value"),
+    ("no ids", "label_code", at(4, None, -(2**15)), "label_code is missing where a token follows"),
+    ("no ids, exact", "label_logprob", at(4, None, np.nan), "label_logprob is missing where a token follows"),
+    ("no ids", "label_code", at(T - 1, None, -4), "label_code is infinite, or there where no token follows"),
 ]  # fmt: skip
 
 
@@ -289,7 +300,7 @@ def test_values_that_break_a_rule_are_neither_written_nor_read(
 ) -> None:
     record = make_corpus(str(tmp_path), tokens(), V, tokenizer_files={"tokenizer.json": b"{}"})
     entry = entry_of(record, case).model_copy(update={"layout": make_entry(record, K).layout})
-    sound = StoredTargets.of(entry, CASES[case][0]())
+    sound = StoredTargets.of(entry, (CASES | WITHOUT_IDS)[case][0]())
     assert sound.broken_rule() is None
     damaged = replace(sound, arrays={name: values.copy() for name, values in sound.arrays.items()})
     change(damaged.arrays[array])
@@ -312,23 +323,32 @@ def test_an_id_may_come_twice_where_it_was_projected() -> None:
     assert sorted(stored.decoded().token_ids[4]) == sorted(twice[4])
 
 
-@pytest.mark.parametrize("has_mask", [True, False])
-def test_rows_of_trained_positions_are_those_of_the_loss_mask(tmp_path: Path, has_mask: bool) -> None:
-    url, mask = str(tmp_path), ~EVERY_THIRD
+@pytest.mark.parametrize(("has_mask", "ids"), [(True, True), (False, True), (True, False)])
+def test_rows_of_trained_positions_are_those_of_the_loss_mask(tmp_path: Path, has_mask: bool, ids: bool) -> None:
+    url, mask = str(tmp_path), ~EVERY_THIRD & (np.arange(T) < T - 1)
     record = make_corpus(url, tokens(), V, loss_mask=mask if has_mask else None)
-    entry = make_entry_2(record, K, positions="trained", shard_tokens=32, chunk_tokens=16)
-    given = without_rows(top_k(), EVERY_THIRD)
+    changes = {"positions": "trained", "shard_tokens": 32, "chunk_tokens": 16}
+    entry = make_entry_2(record, K, **changes) if ids else make_entry_2(record, 0, **changes, **NO_IDS)
+    given = without_rows(top_k(), ~mask)
     write_entry(url, "a", entry, given)
     opened = LogitCache.open(url)
     if not has_mask:
         with pytest.raises(FormatError, match="no loss mask says which"):
             opened.teacher("a")
         return
-    assert np.array_equal(opened.teacher("a").read(0, T).kept > 0, mask)
-    write_entry(url, "b", entry, without_rows(given, np.arange(T) == 20))
-    assert len(opened.teacher("b").read(0, 16)) == 16
-    with pytest.raises(CorruptCache, match="the rows with targets are not those of the record"):
-        opened.teacher("b").read(16, 32)
+    assert np.array_equal(opened.teacher("a").read(0, T).there, mask)
+    others = "the rows with targets are not those of the record"
+    for name, rows, message in (
+        ("fewer", ~mask | (np.arange(T) == 20), others if ids else "label_code is missing where a token follows"),
+        ("more", ~mask & (np.arange(T) != 22), others),
+    ):
+        write_entry(url, name, entry, without_rows(top_k(), rows))
+        assert len(opened.teacher(name).read(0, 16)) == 16
+        with pytest.raises(CorruptCache, match=message):
+            opened.teacher(name).read(16, 32)
+    # As `DistillationWindows` leaves the documents of other sources to other teachers.
+    stored = opened.teacher("a").stored(0, T)
+    assert np.array_equal(stored.without(np.arange(T) < 10).decoded().there, mask & (np.arange(T) >= 10))
 
 
 @pytest.mark.parametrize("positions", ["all", "trained"])
@@ -366,6 +386,10 @@ def test_rows_of_sources_are_those_of_their_documents(tmp_path: Path, positions:
         ({"targets": {"sources": ["b", "a"]}}, "sources are in alphabetical order"),
         ({"targets": {"sources": ["a"], "positions": "some"}}, "go with all or trained positions"),
         ({"targets": {"tail": "unknown", "fields": ["half-tail"]}}, "goes with neither varopt nor half-tail"),
+        ({"targets": {"k": 0}}, "a k of 0 goes with the method none"),
+        ({"targets": {"method": "none", "fields": ["label"], "tail": "unknown"}}, "a k of 0 goes with the method none"),
+        ({"targets": {"method": "none", "k": 0, "fields": ["label"]}}, "the label alone is stored"),
+        ({"targets": {"method": "none", "k": 0, "fields": [], "tail": "unknown"}}, "the label alone is stored"),
         ({"encoding": {"mantissa_bits": 12}}, "mantissa_bits goes with version 1"),
         ({"encoding": {"value_step_nats": None}}, "value_step_nats goes with codes"),
     ],

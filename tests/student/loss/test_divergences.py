@@ -30,10 +30,10 @@ from student.labels import NOT_TRAINED
 from student.loss import student_logprobs as buckets
 from student.loss.distillation import DistillationLoss
 from student.loss.divergences import Divergence
-from student.loss.objective import DEFAULT_MIX, LossName
+from student.loss.objective import DEFAULT_MIX, DivergenceName
 from student.loss.student_logprobs import student_buckets
 
-CASES: list[tuple[LossName, float]] = [
+CASES: list[tuple[DivergenceName, float]] = [
     ("forward-kl", 0.0), ("reverse-kl", 0.0), ("jsd", 0.5), ("jsd", 0.1), ("skew-forward-kl", 0.1),
     ("skew-forward-kl", 0.6), ("skew-reverse-kl", 0.1), ("skew-reverse-kl", 0.6),
 ]  # fmt: skip
@@ -43,7 +43,7 @@ DOUBLE = torch.float64
 every_case = pytest.mark.parametrize(("name", "mix"), CASES, ids=lambda value: str(value))
 
 
-def loss_of(name: LossName, mix: float, tau: float, **others: Any) -> DistillationLoss:
+def loss_of(name: DivergenceName, mix: float, tau: float, **others: Any) -> DistillationLoss:
     given = {"mix": mix} if name in DEFAULT_MIX else {}
     return DistillationLoss(
         V, 0.0, tau, [member(sampled_at=others.pop("sampled_at", None))], loss=name, **given, **others
@@ -55,7 +55,7 @@ def padded(logp: Tensor, columns: int) -> Tensor:
 
 
 @every_case
-def test_derivatives_are_the_written_ones(name: LossName, mix: float) -> None:
+def test_derivatives_are_the_written_ones(name: DivergenceName, mix: float) -> None:
     """g_i and h of the table, by autograd in float64, at a student side that sums to 1 or to less."""
     p, q = torch.softmax(normal(1, P, 12), 1), torch.softmax(normal(2, P, 12), 1)
     for mass in (1.0, 0.7):
@@ -86,7 +86,7 @@ def test_derivatives_are_the_written_ones(name: LossName, mix: float) -> None:
 @pytest.mark.parametrize("padding", [0, 13])
 @every_case
 def test_at_k_equal_v_value_and_gradient_are_the_dense_ones(
-    name: LossName, mix: float, padding: int, tau: float
+    name: DivergenceName, mix: float, padding: int, tau: float
 ) -> None:
     """Over all W columns, the teacher's padding empty. Reverse KL is infinite there: its generalised form over V."""
     z, logp, labels = normal(5, P, V + padding), dense(6), labels_for(7)
@@ -108,7 +108,7 @@ def test_at_k_equal_v_value_and_gradient_are_the_dense_ones(
 @pytest.mark.parametrize("rows", [1 << 18, 1000], ids=["one chunk", "many chunks"])
 @every_case
 def test_below_v_it_is_the_divergence_of_joined_outcomes(
-    name: LossName, mix: float, padding: int, tau: float, rows: int, monkeypatch: pytest.MonkeyPatch
+    name: DivergenceName, mix: float, padding: int, tau: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the cost of padded ids. Also for sampled ids: any ids with their own probabilities will do."""
     monkeypatch.setitem(buckets._CHUNK_LOGITS, "cpu", rows)
@@ -130,7 +130,7 @@ def test_below_v_it_is_the_divergence_of_joined_outcomes(
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
 @every_case
-def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: LossName, mix: float, tau: float) -> None:
+def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: DivergenceName, mix: float, tau: float) -> None:
     z, logp = normal(11, P, V, scale=3.0), dense(12, scale=3.0)
     whole = definition(name, mix, torch.softmax(logp / tau, 1), torch.softmax(z / tau, 1))
     before, labels = torch.zeros(P, dtype=DOUBLE), torch.zeros(P, dtype=torch.int64)
@@ -147,7 +147,7 @@ def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: LossName, mix
 
 
 @every_case
-def test_mass_on_padded_ids_is_never_a_gain(name: LossName, mix: float) -> None:
+def test_mass_on_padded_ids_is_never_a_gain(name: DivergenceName, mix: float) -> None:
     """A student equal to its teacher but for a share of its mass on ids that do not exist."""
     logp = dense(15)
     targets = stored(logp, 9, dtype=DOUBLE)
@@ -168,7 +168,7 @@ def test_limits_and_symmetries() -> None:
     p, q = torch.softmax(normal(16, P, 9), 1).log(), torch.softmax(normal(17, P, 9), 1).log()
     one, other = (p[:, :8], p[:, 8]), (q[:, :8], q[:, 8])
 
-    def value(name: LossName, mix: float, a: Any = one, b: Any = other) -> Tensor:
+    def value(name: DivergenceName, mix: float, a: Any = one, b: Any = other) -> Tensor:
         return Divergence(name, mix)(a, b)
 
     kl, reverse = value("forward-kl", 0.0), value("reverse-kl", 0.0)
@@ -183,7 +183,7 @@ def test_limits_and_symmetries() -> None:
 @pytest.mark.parametrize("tau", TEMPERATURES)
 @pytest.mark.parametrize("k", [3, V])
 @every_case
-def test_extreme_rows_stay_finite(name: LossName, mix: float, k: int, tau: float) -> None:
+def test_extreme_rows_stay_finite(name: DivergenceName, mix: float, k: int, tau: float) -> None:
     """Teachers and students so sharp that a tail is 0 in float32, ids that a student rules out, ids at the floor."""
     logits = normal(18, P, V, scale=1.0)
     sharp = torch.log_softmax(torch.where(torch.arange(V) < 2, 400.0, 0.0) + logits, 1)
@@ -206,7 +206,7 @@ def test_extreme_rows_stay_finite(name: LossName, mix: float, k: int, tau: float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_our_error_is_not_above_the_naive_ones(
-    name: LossName, dtype: torch.dtype, positions: int, v: int, k: int, tau: float
+    name: DivergenceName, dtype: torch.dtype, positions: int, v: int, k: int, tau: float
 ) -> None:
     """The definition in plain torch, in the same type, on the same logits; the truth in float64."""
     z = normal(21, positions, v + 5, scale=4.0).to(dtype)

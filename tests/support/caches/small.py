@@ -15,7 +15,7 @@ from storage.cache.corpus_writer import write_corpus
 from storage.cache.writer import EntryWriter
 from storage.format.identity import stream_sha256
 from storage.format.layout import entry_layout, stream_layout
-from storage.format.manifest.cache import CacheRecord, Corpus, CorpusSource, Tokenizer
+from storage.format.manifest.cache import CacheRecord, Corpus, CorpusSource, Rollouts, Tokenizer
 from storage.format.manifest.entry import Encoding, Execution, Targets, TeacherEntry, Windowing
 from storage.format.manifest.shared import ArrayLayout, Versions
 from storage.format.manifest.teacher import Teacher, TeacherIdentity
@@ -151,10 +151,12 @@ def make_corpus(
     tokenizer_files: dict[str, bytes] | None = None,
     tokens_layout: ArrayLayout | None = None,
     document_sources: Sequence[str] = (),
+    rollouts: Rollouts | None = None,
 ) -> CacheRecord:
     """A cache of a token stream with a word-level tokenizer whose words are `t0`, `t1`, …
 
-    document_sources: the names of the documents' sources; of none, the stream is one of version 1.
+    document_sources: the names of the documents' sources; of none, and not a model's rollouts, the stream is one of
+    version 1.
     """
     starts = np.zeros(1, dtype=np.uint64) if document_starts is None else document_starts.astype(np.uint64)
     if tokenizer_files is None:
@@ -172,6 +174,9 @@ def make_corpus(
         counts = Counter(document_sources)
         sources = tuple(CorpusSource(name=name, documents=counts[name], text_bytes=0) for name in names)
         corpus = record.corpus.model_copy(update={"sources": sources, "document_sources": True})
+        record = record.model_copy(update={"format_version": 2, "corpus": corpus})
+    if rollouts is not None:
+        corpus = record.corpus.model_copy(update={"rollouts": rollouts})
         record = record.model_copy(update={"format_version": 2, "corpus": corpus})
     if tokens_layout is not None:
         record = record.model_copy(update={"tokens_layout": tokens_layout})
@@ -236,7 +241,7 @@ def make_entry_2(record: CacheRecord, k: int, fields: tuple[str, ...] = (), **ch
     """An entry of version 2, with made-up provenance; `changes` of `make_entry` and of `entry_2`."""
     of_targets = {name: changes.pop(name) for name in ("made", *Targets.model_fields) if name in changes}
     encoding = changes.get("encoding", "codes")
-    return entry_2(make_entry(record, k, **changes), *sorted(fields), encoding=encoding, **of_targets)
+    return entry_2(make_entry(record, max(1, k), **changes), *sorted(fields), encoding=encoding, **of_targets, k=k)
 
 
 def write_entry(

@@ -1,6 +1,6 @@
-"""The files of a model, their source, and the digests that bind a cache to them.
+"""The files of a model, their source, the digests that bind a cache to them, and the dtype of their weights.
 
-Only safetensors are read: a pickle can run code. The digest of the weights is taken over tensors, not files::
+For digests only safetensors are read: a pickle can run code. That of the weights is taken over tensors, not files::
 
     tensor  = sha256(name, dtype, shape, raw bytes)
     weights = sha256(of all tensor digests, ordered by name)
@@ -11,13 +11,16 @@ streamed in blocks and never loaded whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +30,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from storage.errors import InputError
 from storage.files import local_path
 from storage.format.sealing import canonical_json
-from student.models.adapters.files import AdapterFiles, find_adapter
+from storage.progress import Log
+from student.models.adapters.files import AdapterFiles, base_of, find_adapter
+from student.models.configuration import has_weights, read_config
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,6 +42,8 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAX_JSON_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_SAVED = ("float32", "bfloat16", "float16")
+_OF_SAFETENSORS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.msgpack", "*.h5")
 _TOKENIZER_PATTERNS = ["*.txt", "*.model", "*.tiktoken", "*.jinja"]
 
@@ -152,6 +159,67 @@ def adapter_config_sha256(config: dict[str, Any]) -> str:
     kept = {name: value for name, value in config.items() if name not in _VOLATILE_ADAPTER_KEYS and not _is_off(value)}
     ordered = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in kept.items()}
     return hashlib.sha256(canonical_json(ordered)).hexdigest()
+
+
+def adapter_digests(files: ModelFiles) -> dict[str, str]:
+    """The digests of a model's adapter, by the names that records have for them; none without one."""
+    if files.adapter is None:
+        return {}
+    return {
+        "adapter_sha256": weights_sha256([files.adapter.weights]),
+        "adapter_config_sha256": adapter_config_sha256(files.adapter.config),
+    }
+
+
+def model_digests(files: ModelFiles) -> dict[str, str]:
+    """All digests of a model, by the names that records have for them."""
+    own = {"weights_sha256": weights_sha256(files.weights), "config_sha256": config_sha256(files.config)}
+    return own | adapter_digests(files)
+
+
+def stored_dtype(spec: str, log: Log) -> str:
+    """The dtype of most of a model's weights on disk, whatever its configuration says; float32 for a new model.
+
+    An adapter's base has the weights. Where there are several, that is logged. Where the files do not tell, the
+    configuration does, or it is float32.
+    """
+    if not has_weights(spec):
+        return "float32"
+    spec = base_of(spec)
+    config = read_config(spec)
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    sizes: Counter[str] = Counter()
+    # Files that transformers has loaded, and that may be in other formats.
+    with contextlib.suppress(Exception):
+        for dtype, size in _floating_point(_local_folder(spec)):
+            sizes[dtype] += size
+    most = sizes.most_common(1)[0][0] if sizes else str(named).removeprefix("torch.")
+    found = most if most in _SAVED else "float32"
+    if sizes.keys() - {found}:
+        log(f"{spec}: its weights are in {' and '.join(sorted(sizes))}: saved in {found} (--save-dtype)")
+    return found
+
+
+def _local_folder(spec: str) -> Path:
+    path = local_path(spec)
+    if path.is_dir():
+        return path
+    return Path(snapshot_download(spec, allow_patterns=["model*.safetensors"], local_files_only=True))
+
+
+def _floating_point(folder: Path) -> Iterator[tuple[str, int]]:
+    """dtype and number of elements of the floating-point tensors of a model; reads none of them."""
+    files = sorted(folder.glob("model*.safetensors"))
+    for path in files:
+        for tensor in _read_header(path):
+            if tensor.dtype in _OF_SAFETENSORS:
+                yield _OF_SAFETENSORS[tensor.dtype], prod(tensor.shape)
+    for path in [] if files else sorted(folder.glob("pytorch_model*.bin")):
+        import torch
+
+        for tensor in torch.load(path, map_location="meta", weights_only=True).values():
+            if tensor.is_floating_point():
+                yield str(tensor.dtype).removeprefix("torch."), tensor.numel()
 
 
 def _is_off(value: Any) -> bool:
