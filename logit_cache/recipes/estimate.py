@@ -148,9 +148,8 @@ class Costs:
 
     def sweep(self, model: Model, trials: int) -> Cost:
         """To search a schedule: trials of the recipe's length on average, each scored; the best model is kept."""
-        one, scored = self.training(model), self.scoring(model.network)
-        pairs = scored.products * self.pair_tokens / (self.held_out_tokens + self.pair_tokens)
-        kept = 4 * model.network.parameters(self.recipe.vocabulary_size)
+        one, v = self.training(model), self.recipe.vocabulary_size
+        pairs, kept = self.pair_tokens * model.network.products(v), 4 * model.network.parameters(v)
         return replace(one, products=trials * (one.products + pairs), disk_bytes=kept)
 
     @property
