@@ -18,9 +18,9 @@ from storage.errors import Diverged, InputError
 from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.labels import NOT_TRAINED
+from student.loss.chunk.logit_chunk import row_slices
 from student.loss.distillation import forward_kl
 from student.loss.documents import DocumentReader, model_inputs
-from student.loss.logit_chunk import row_slices
 from student.loss.objective import TEACHER_CROSS_ENTROPY, Tail
 from student.loss.student_logprobs import check_batch
 from student.loss.teacher_targets import Member, targets_of

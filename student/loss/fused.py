@@ -9,8 +9,8 @@ The naive form, with `loss` a `student.loss.distillation.DistillationLoss`::
     loss(z, labels, targets)
 
 Here the rows go in chunks through one buffer [R, W], which holds the logits and then the gradient by them
-(`student.loss.logit_chunk`; on CUDA its passes over the buffer are Triton kernels, `student.loss.triton_chunk`). The
-loss itself is a function of tensors [R, K], differentiated by autograd, so any divergence works.
+(`student.loss.chunk`: `logit_chunk`; on CUDA its passes over the buffer are Triton kernels, `triton_chunk`). The loss
+itself is a function of tensors [R, K], differentiated by autograd, so any divergence works.
 
 A chunk's gradient can only be computed while its logits exist. So the gradients by the hidden states and the weights
 are computed in the forward pass, at one matrix product each beside that of the logits, and the backward pass
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from student.loss.logit_chunk import Gradients, LogitChunk
+from student.loss.chunk.logit_chunk import Gradients, LogitChunk
 from student.loss.student_logprobs import check_columns
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _chunk_kind(
 ) -> type[LogitChunk]:
     """The kind of passes over the buffer: Triton's where they run, torch's elsewhere. Their results are the same."""
     if device.type in _TRITON_DEVICES and dtype == torch.float32 and _triton_runs(device, temperature, softcap):
-        from student.loss.triton_chunk import TritonChunk
+        from student.loss.chunk.triton_chunk import TritonChunk
 
         return TritonChunk
     return LogitChunk
@@ -222,7 +222,7 @@ def _triton_runs(device: torch.device, temperature: float, softcap: float | None
     if importlib.util.find_spec("triton") is None:
         return False
     try:
-        from student.loss.triton_chunk import check
+        from student.loss.chunk.triton_chunk import check
 
         check(device, temperature, softcap)
     except Exception as error:  # compilers fail in many ways; the loss does not depend on them

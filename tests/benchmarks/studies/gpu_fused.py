@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from student.loss.logit_chunk import LogitChunk
+    from student.loss.chunk.logit_chunk import LogitChunk
     from student.target_batch import TargetBatch
 
 DEVICE = "cuda"
@@ -330,7 +330,7 @@ def chunk_kind(devices: set[str], device: torch.device, temperature: float) -> t
     import torch
 
     from student.loss import fused
-    from student.loss.logit_chunk import LogitChunk
+    from student.loss.chunk.logit_chunk import LogitChunk
 
     with mock.patch.object(fused, "_TRITON_DEVICES", devices):
         kind = fused._chunk_kind(device, torch.float32, temperature, None)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
 from student.loss import fused
-from student.loss import logit_chunk as chunk_module
+from student.loss.chunk import logit_chunk as chunk_module
 from student.loss.distillation import DistillationLoss, LossSums, PreparedLoss
 from student.loss.fused import fused_loss
 from student.loss.objective import SAMPLED_TAILS

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from student.labels import NOT_TRAINED
 from student.loss import fused
+from student.loss.chunk.logit_chunk import LogitChunk
 from student.loss.distillation import DistillationLoss
 from student.loss.fused import fused_loss
-from student.loss.logit_chunk import LogitChunk
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton has no build for this system"
@@ -157,7 +157,7 @@ def through(case: Case, kind: type[LogitChunk], device: str = "cpu") -> list[np.
 
 
 def kernels(device: str, case: Case, block: int | None = BLOCK) -> list[np.ndarray[Any, Any]]:
-    from student.loss import triton_chunk
+    from student.loss.chunk import triton_chunk
 
     with pytest.MonkeyPatch.context() as patch:
         if block is not None:
@@ -257,7 +257,7 @@ def test_the_block_of_a_gpu(run: Run) -> None:
 
 
 def rising(device: str, step: float) -> list[np.ndarray[Any, Any]]:
-    from student.loss import triton_chunk
+    from student.loss.chunk import triton_chunk
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_chunk, "_BLOCK", 16)
@@ -276,7 +276,7 @@ def test_a_largest_logit_that_moves_with_every_block(run: Run, step: float) -> N
 
 
 def spoiled(device: str) -> list[np.ndarray[Any, Any]]:
-    from student.loss.triton_chunk import TritonChunk
+    from student.loss.chunk.triton_chunk import TritonChunk
 
     z = torch.zeros(3, 40, device=device)
     z[1, 7], z[2, 7] = math.nan, math.inf
@@ -292,7 +292,7 @@ def test_a_logit_that_is_no_number_is_not_hidden(run: Run) -> None:
 
 
 def no_rows(device: str) -> tuple[tuple[int, ...], ...]:
-    from student.loss.triton_chunk import TritonChunk
+    from student.loss.chunk.triton_chunk import TritonChunk
 
     z, nothing = torch.empty(0, 40, device=device), torch.empty(0, dtype=torch.int64, device=device)
     support = nothing.reshape(0, 4)
@@ -329,7 +329,7 @@ def whole(device: str, head: tuple[int, float, float | None], tau: float, alpha:
             # Tested here, and not below, where the passes that the kernels are compared with are removed.
             assert fused._chunk_kind(tensors[0].device, dtype, loss.temperature, softcap).__name__ == "TritonChunk"
             # The kernels, with no fallback.
-            patch.setattr("student.loss.logit_chunk._Exponentials.of", None)
+            patch.setattr("student.loss.chunk.logit_chunk._Exponentials.of", None)
             loss_sum = fused_loss(*tensors, loss.prepare(labels, targets), logit_scale=scale, softcap=softcap).loss_sum
     gradients = torch.autograd.grad(3 * loss_sum, tensors)
     return [each.detach().cpu().numpy() for each in (loss_sum, *gradients)]
@@ -350,7 +350,7 @@ def compiled(arch: int) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from student.loss import triton_chunk
+    from student.loss.chunk import triton_chunk
 
     types = {"z": "*fp32", "stride": "i32", "columns": "i32", "scale": "fp32", "scale_one": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(("largest", "total", "total_one", "a", "b"), "*fp32")
@@ -396,7 +396,7 @@ def test_without_triton_a_gpu_takes_torchs_passes(
 
 
 def broken(device: str, how: str) -> tuple[str, list[str]]:
-    from student.loss import triton_chunk
+    from student.loss.chunk import triton_chunk
 
     logged: list[str] = []
     handler = logging.Handler()

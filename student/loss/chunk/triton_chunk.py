@@ -1,4 +1,4 @@
-"""Triton kernels for the passes of `student.loss.logit_chunk`: logits are read once for sums, once for gradients.
+"""Triton kernels for the passes of `student.loss.chunk.logit_chunk`: logits are read once for sums, once for gradients.
 
 Legend: `R` rows, `C` columns of a part of the buffer, `tau` the temperature.
 
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from student.loss.logit_chunk import LogitChunk, Part
+from student.loss.chunk.logit_chunk import LogitChunk, Part
 
 # The most columns that a program holds at once; with 8 warps, 16 for each thread.
 _BLOCK = 4096

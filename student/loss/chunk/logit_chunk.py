@@ -17,7 +17,7 @@ buffer, and its columns are cut at every teacher's V_m: mostly into those below 
 has. Each part is summed relative to its own largest logit: no sum is a difference, and none underflows beside another.
 
 All work on [R, U] is here. The passes over a `Part` of the buffer come in two kinds: torch operations, here, and
-Triton kernels (`student.loss.triton_chunk`).
+Triton kernels (`student.loss.chunk.triton_chunk`).
 """
 
 from __future__ import annotations
