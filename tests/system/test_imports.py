@@ -260,7 +260,8 @@ from click.testing import CliRunner
 from logit_cache.cli.main import cache_logits, main
 from student.cli import train_student
 from teachers.cli import train_teacher
-commands = {{"logit-cache": main} | {{command.name: command for command in (cache_logits, train_student, train_teacher)}}
+commands = {{command.name: command for command in (cache_logits, train_student, train_teacher)}}
+commands["logit-cache"] = main
 for name, *words in map(str.split, {WRONG!r}):
     done = CliRunner().invoke(commands[name], words)
     assert done.exit_code == 2, (name, words, done.output)
