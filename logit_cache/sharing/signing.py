@@ -82,8 +82,8 @@ def verify_signature(
     """Check that the manifest files among `keys`, which are paths below a folder, are those that a key's owner signed.
 
     Every one of them must be in the signed list with the same sha256, and no signed file may be missing, except for
-    teacher entries that are missing entirely: a cache with one of two signed entries passes. `where` maps a
-    key to its address, for messages.
+    teacher entries that are missing entirely: a cache with one of two signed entries passes. `where` maps a key to
+    its address, for messages.
 
     Raises InputError without the package and for an unusable public key, CorruptCache with the file at fault otherwise.
     """

@@ -261,8 +261,9 @@ from logit_cache.cli.main import cache_logits, main
 from student.cli import train_student
 from teachers.cli import train_teacher
 commands = {{command.name: command for command in (cache_logits, train_student, train_teacher)}}
+commands["logit-cache"] = main
 for name, *words in map(str.split, {WRONG!r}):
-    done = CliRunner().invoke(commands.get(name, main), words)
+    done = CliRunner().invoke(commands[name], words)
     assert done.exit_code == 2, (name, words, done.output)
 """)
     assert not loaded & {"torch", "transformers"}
