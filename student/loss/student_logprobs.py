@@ -3,9 +3,9 @@
 Legend: `P` positions of a batch (flattened), `K` ids per position, `V` vocabulary of a teacher, `W` columns of the
 student's LM head, `tau` the temperature. Everything is in nats.
 
-A chunk of rows at a time is copied, as float32, into a `LogitChunk` (`student.loss.chunk`), which has the gradient rule.
-Unlike with plain autograd the logits alone are kept for the backward pass, which makes the chunks again: no float32
-copy, no softmax and no masked copy of [P, W] lives until then.
+A chunk of rows at a time is copied, as float32, into a `LogitChunk` (`student.loss.chunk`), which has the gradient
+rule. Unlike with plain autograd the logits alone are kept for the backward pass, which makes the chunks again: no
+float32 copy, no softmax and no masked copy of [P, W] lives until then.
 """
 
 from __future__ import annotations
