@@ -31,7 +31,7 @@ from student.loss.control_variate import ControlCoefficient, ControlledTail
 from student.loss.divergences import Divergence
 from student.loss.objective import SAMPLED_TAILS, TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
-from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
+from student.loss.teacher_targets import Member, Tempered, by_distinct_ids, targets_of, temper, weights
 from student.target_batch import StoredBatch, TargetBatch
 
 # A divergence [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows.
@@ -285,10 +285,11 @@ class DistillationLoss:
             for member, each in zip(self.members, by_member, strict=True)
         ]
         of_label, of_teacher, in_window = self._scale(labels)
+        supports, terms = zip(*map(self._term, tempered), strict=True) if tempered else ((), ())
         return PreparedLoss(
             labels=labels,
             trained=trained,
-            supports=[each.support for each in tempered],
+            supports=list(supports),
             sizes=[member.vocabulary_size for member in self.members],
             vocabulary_size=self.vocabulary_size,
             temperature=self.temperature,
@@ -296,19 +297,20 @@ class DistillationLoss:
             _teacher_share=(1.0 - self.alpha) * self.temperature**2 * of_teacher,
             _members=self.members,
             _taught=tuple(each.trained for each in tempered),
-            _terms=tuple(map(self._term, tempered)),
+            _terms=terms,
             _label_weights=_product(position_weights, in_window),
             _teacher_weights=_product(_product(position_weights, self._selected(tempered)), _renormalised(tempered)),
         )
 
-    def _term(self, tempered: Tempered) -> Term:
+    def _term(self, tempered: Tempered) -> tuple[Tensor, Term]:
+        """(the ids [P, K] that it reads the student's log-probs of, a member's term)."""
         objective, name = self.objective, tempered.member.name
         if name in self.controls:
-            return ControlledTail.of(tempered, self.controls[name].value)
+            return tempered.support, ControlledTail.of(tempered, self.controls[name].value)
         if objective.loss == "forward-kl":
-            return weights(tempered, self.tails[name], objective.blending)
+            return by_distinct_ids(tempered, weights(tempered, self.tails[name], objective.blending))
         divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
-        return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
+        return tempered.support, lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
     def _scale(self, labels: Tensor) -> tuple[float, float, Tensor | None]:
         """The loss scale's factors of cross-entropy and divergence, and where the former counts (bool [P])."""
@@ -357,12 +359,20 @@ def forward_kl(
     """
     tempered = temper(targets, member, temperature, trained)
     labels = torch.where(tempered.trained, 0, NOT_TRAINED)
-    _, ((ell, theta),) = student_buckets(logits, labels, [tempered.support], [member.vocabulary_size], temperature)
-    return weights(tempered, tail, blend)(ell, theta)
+    support, term = by_distinct_ids(tempered, weights(tempered, tail, blend))
+    _, ((ell, theta),) = student_buckets(logits, labels, [support], [member.vocabulary_size], temperature)
+    return term(ell, theta)
 
 
 def tail_of(member: Member, objective: Objective) -> Tail:
     """A member's treatment of the tail, with auto resolved. Raises InputError where its entry does not allow it."""
+    linear = objective.loss == "forward-kl" and objective.tail in ("auto", "sampled") and objective.temperature == 1.0
+    if member.repeats and not linear:
+        raise InputError(
+            f"teacher {member.name}: its ids were sampled in another vocabulary and projected into this one, so that "
+            f"only a loss that is linear in the teacher's probabilities is unbiased: take forward-kl with tail sampled "
+            f"at temperature 1"
+        )
     if member.sampled_at is not None and member.sampled_at != objective.temperature:
         raise InputError(
             f"teacher {member.name}: its ids were sampled for temperature {member.sampled_at:g} and are biased at "
