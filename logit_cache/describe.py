@@ -78,6 +78,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "made": entry.made,
         "derived_from": entry.derived_from,
         "imported_from": None if entry.imported_from is None else entry.imported_from.model_dump(),
+        "projected_from": None if entry.projected_from is None else entry.projected_from.model_dump(),
         "teacher": [m.model_dump() for m in entry.teacher.members],
         "combine": entry.teacher.combine,
         "weights": list(entry.teacher.weights),
@@ -174,9 +175,9 @@ def stored_in_words(entry: dict[str, Any]) -> str:
     return f"format {entry['format_version']}: " + ", ".join(["ids", "log-probs of the certain ones", mass, *fields])
 
 
-def losses_in_words(targets: dict[str, Any]) -> str:
-    """The losses that the `targets` of a described entry serve."""
-    stored = Targets.model_validate(targets)
+def losses_in_words(entry: dict[str, Any]) -> str:
+    """The losses that the targets of a described entry serve."""
+    stored = Targets.model_validate(entry["targets"])
     if not stored.k:
         return "lightning-opd, where the text is rollouts of the student"
     if not stored.has("tail"):
@@ -184,6 +185,8 @@ def losses_in_words(targets: dict[str, Any]) -> str:
     found = []
     if stored.method == "varopt":
         found.append(f"forward KL with tail sampled, at temperature {stored.temperature:g}")
+    if entry["made"] == "projected" and stored.method == "top-k":
+        return "every divergence with tail bucket, at temperature 1, of ids whose mass is a lower bound"
     if stored.method == "top-k" or stored.has("sampled-logprobs"):
         temperature = "any temperature from 1 on" if stored.has("half-tail") else "temperature 1"
         which = "every divergence" if stored.method == "top-k" else "every divergence but tail-aware-kl"
@@ -231,6 +234,35 @@ def imported_in_words(found: dict[str, Any]) -> list[str]:
             f"left out: {counted(found['dropped_ids'], 'id')}, at most {found['dropped_mass']:.2g} of a row's mass"
         )
     return [*lines, *found["decisions"]]
+
+
+def projected_in_words(found: dict[str, Any], positions: int) -> list[str]:
+    """What an entry's `projected_from` says: whose targets they are, where there are any, and what is uncertain."""
+
+    def share(part: int, whole: int) -> str:
+        return f"{100 * part / whole:.1f} %" if whole else "none"
+
+    right = [
+        f"{share(found[kind]['right'], found[kind]['positions'])} of {counted(found[kind]['positions'], 'id')} with a "
+        f"{kind} one"
+        for kind in ("certain", "uncertain")
+    ]
+    return [
+        f"an entry (record {found['entry_sha256'][:16]}…) of a tokenizer of {counted(found['vocabulary_size'], 'id')} "
+        f"(fingerprint {found['tokenizer_fingerprint'][:16]}…)",
+        f"shared boundaries: {share(found['shared_positions'], positions)} of the positions, "
+        f"{share(found['shared_trained_positions'], found['trained_positions'])} of those that the loss counts",
+        f"the first token of the text's next id is the text's for {' and '.join(right)}",
+        f"mass of ids whose first token is uncertain: {found['uncertain_mass']:.4f} on average over "
+        f"{counted(found['sampled_positions'], 'row')}; rows with more than {found['most_uncertain']:g} are left out",
+    ]
+
+
+def origin_in_words(entry: dict[str, Any]) -> list[str]:
+    """What a described entry that no teacher made says of what it was made from."""
+    projected, imported = entry["projected_from"], entry["imported_from"]
+    lines = [] if projected is None else projected_in_words(projected, entry["positions"])
+    return lines + ([] if imported is None else imported_in_words(imported))
 
 
 def windowing_in_words(windowing: dict[str, Any]) -> str:

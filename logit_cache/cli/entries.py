@@ -1,4 +1,4 @@
-"""`logit-cache list`, `remove`, `rename` and `recompress`: caches and their teacher entries."""
+"""`logit-cache list`, `remove`, `rename`, `recompress` and `project`: caches and their teacher entries."""
 
 from __future__ import annotations
 
@@ -154,3 +154,43 @@ def recompress(url: str, as_json: bool, **flags: Any) -> None:
             f"{found['cache']}: {found['name']} from {job.name}, {before:.1f} → {after:.1f} bytes per token "
             f"({100 * after / before:.0f} %)"
         )
+
+
+@command("logit-cache project run/teacher --name llama --to run/student", resumes=True)
+@click.argument("source", metavar="SRC")
+@click.option("--name", required=True, help="Entry of SRC to project.")
+@click.option("--to", required=True, metavar="DST", help="A cache of the same text in other tokens.")
+@click.option("--as", "as_name", metavar="NAME", help="Name of the new entry.  [default: that of the entry]")
+@click.option(
+    "--most-uncertain",
+    type=float,
+    help="Leave a row without targets where ids with more mass than this may begin with another token.  [default: 0.5]",
+)
+@click.option("--profile", help="small (zstd) or fast to read (lz4).  [default: small]")
+@click.option("--shard-tokens", type=int, help="Positions per shard: a killed job loses at most one.")
+@click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
+@json_option()
+def project(as_json: bool, **flags: Any) -> None:
+    """Take an entry into a cache of another tokenizer, without the teacher: its students need not share its tokens.
+
+    Targets go to the positions at which both tokenizers have a boundary. Ids that were sampled stay unbiased, for
+    forward KL alone. Run it again to resume after an interruption.
+    """
+    with one_line_errors():
+        from logit_cache.describe import projected_in_words
+        from logit_cache.projection.job import ProjectJob
+        from logit_cache.projection.run import project_entry
+        from storage.config import build_config
+        from storage.progress import progress
+
+        done = project_entry(build_config(ProjectJob, None, flags, "logit-cache project"), progress)
+        if as_json:
+            click.echo(json.dumps({**vars(done), "entry": done.entry.model_dump(mode="json")}, indent=2))
+            return
+        click.echo(
+            f"{done.cache}: {done.name}, {done.with_targets:,} of {counted(done.positions, 'position')} with targets "
+            f"({100 * done.with_targets / done.positions:.1f} %)"
+        )
+        assert done.entry.projected_from is not None
+        for line in projected_in_words(done.entry.projected_from.model_dump(), done.entry.positions):
+            click.echo(f"  {line}")

@@ -147,14 +147,13 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         + ("" if with_targets == entry["positions_cached"] else f"; targets at {with_targets:,} of them"),
         f"  targets     {describe.targets_in_words(entry['targets'])}, of {entry['vocabulary_size']:,} ids",
         f"  stored      {describe.stored_in_words(entry)}",
-        f"  serves      {describe.losses_in_words(entry['targets'])}",
+        f"  serves      {describe.losses_in_words(entry)}",
         f"  windows     {describe.windowing_in_words(entry['windowing'])}",
         f"  weights     {weights}",
         f"  made        {made}",
     ]
-    if entry["imported_from"]:
-        of = describe.imported_in_words(entry["imported_from"])
-        lines += [f"{'' if number else '  from':14}{line}" for number, line in enumerate(of)]
+    of = describe.origin_in_words(entry)
+    lines += [f"{'' if number else '  from':14}{line}" for number, line in enumerate(of)]
     if with_targets:
         per_target = f", {entry['bytes_per_target']:.1f} per position with targets"
         per_id = entry["bytes_per_kept_id"]

@@ -9,7 +9,7 @@ import click
 from logit_cache.cli.cache_logits import cache_logits
 from logit_cache.cli.check import audit, doctor, verify
 from logit_cache.cli.clean import clean
-from logit_cache.cli.entries import list_caches, recompress, remove, rename
+from logit_cache.cli.entries import list_caches, project, recompress, remove, rename
 from logit_cache.cli.evaluate import evaluate
 from logit_cache.cli.inspect import inspect
 from logit_cache.cli.plan import plan
@@ -30,8 +30,8 @@ def main() -> None:
 
 
 for _command in (
-    audit, clean, demo, doctor, evaluate, export, import_files, inspect, list_caches, plan, pull, push, recipe,
-    recompress, remove, rename, report, status, tokenize, verify,
+    audit, clean, demo, doctor, evaluate, export, import_files, inspect, list_caches, plan, project, pull, push,
+    recipe, recompress, remove, rename, report, status, tokenize, verify,
 ):  # fmt: skip
     main.add_command(_command)
 

@@ -16,9 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from logit_cache.describe import (
     describe_cache,
-    imported_in_words,
     losses_in_words,
     made_in_words,
+    origin_in_words,
     stored_in_words,
     targets_in_words,
     windowing_in_words,
@@ -54,9 +54,9 @@ def card_text(cache: LogitCache, *, license: str | None = None) -> str:
     environment.filters |= {
         "commas": "{:,}".format,
         "counted": counted,
-        "imported": imported_in_words,
         "losses": losses_in_words,
         "made": made_in_words,
+        "origin": origin_in_words,
         "percent": "{:.2%}".format,
         "quoted": _quoted,
         "stored": stored_in_words,

@@ -31,7 +31,7 @@ from student.loss.members import check_linear, normalised, tail_of
 from student.loss.objective import LIGHTNING_OPD, SAMPLED_TAILS, TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
 from student.loss.on_policy import SampledTokens
 from student.loss.student_logprobs import check_batch, student_buckets
-from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
+from student.loss.teacher_targets import Member, Tempered, by_distinct_ids, targets_of, temper, weights
 from student.target_batch import StoredBatch, TargetBatch
 
 # A divergence [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows.
@@ -295,10 +295,11 @@ class DistillationLoss:
             self._compared(each, member, labels, trained) for member, each in zip(self.members, by_member, strict=True)
         ]
         of_label, of_teacher, in_window = self._scale(labels)
+        supports, terms = zip(*map(self._term, tempered), strict=True) if tempered else ((), ())
         return PreparedLoss(
             labels=labels,
             trained=trained,
-            supports=[each.support for each in tempered],
+            supports=list(supports),
             sizes=[member.vocabulary_size for member in self.members],
             vocabulary_size=self.vocabulary_size,
             temperature=self.temperature,
@@ -306,7 +307,7 @@ class DistillationLoss:
             _teacher_share=(1.0 - self.alpha) * self.temperature**2 * of_teacher,
             _members=self.members,
             _taught=tuple(each.trained for each in tempered),
-            _terms=tuple(map(self._term, tempered)),
+            _terms=terms,
             _label_weights=_product(position_weights, in_window),
             _teacher_weights=_product(_product(position_weights, self._selected(tempered)), _renormalised(tempered)),
         )
@@ -318,21 +319,22 @@ class DistillationLoss:
             return SampledTokens.of(targets, member, labels, trained)
         return temper(targets, member, self.temperature, trained, self.objective.interpolate_tail)
 
-    def _term(self, tempered: Tempered | SampledTokens) -> Term:
+    def _term(self, tempered: Tempered | SampledTokens) -> tuple[Tensor, Term]:
+        """(the ids [P, K] that it reads the student's log-probs of, a member's term)."""
         if isinstance(tempered, SampledTokens):
-            return tempered
+            return tempered.support, tempered
         objective, name = self.current, tempered.member.name
         if name in self.controls:
-            return ControlledTail.of(tempered, self.controls[name].value)
+            return tempered.support, ControlledTail.of(tempered, self.controls[name].value)
         if objective.loss == "forward-kl":
-            return weights(tempered, self.tails[name], objective.blending)
+            return by_distinct_ids(tempered, weights(tempered, self.tails[name], objective.blending))
         if objective.loss == "tail-aware-kl":
             if tempered.sequence is None:
                 raise InputError(f"teacher {name}: {objective.loss} needs targets that say their `sequence`")
             sequences, head = (tempered.sequence, tempered.trained), objective.head_size
-            return TailAwareKL.of(tempered.bucketed, *sequences, head, objective.tail_weighting)
+            return tempered.support, TailAwareKL.of(tempered.bucketed, *sequences, head, objective.tail_weighting)
         divergence, (heads, log_tail) = Divergence(objective.divergence, objective.mixing), tempered.bucketed
-        return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
+        return tempered.support, lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
     def _scale(self, labels: Tensor) -> tuple[float, float, Tensor | None]:
         """The loss scale's factors of cross-entropy and divergence, and where the former counts (bool [P])."""
@@ -381,8 +383,9 @@ def forward_kl(
     """
     tempered = temper(targets, member, temperature, trained)
     labels = torch.where(tempered.trained, 0, NOT_TRAINED)
-    _, ((ell, theta),) = student_buckets(logits, labels, [tempered.support], [member.vocabulary_size], temperature)
-    return weights(tempered, tail, blend)(ell, theta)
+    support, term = by_distinct_ids(tempered, weights(tempered, tail, blend))
+    _, ((ell, theta),) = student_buckets(logits, labels, [support], [member.vocabulary_size], temperature)
+    return term(ell, theta)
 
 
 def _weighted(values: Tensor, by_position: Tensor | None, rows: slice) -> Tensor:

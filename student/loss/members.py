@@ -37,6 +37,13 @@ def tail_of(member: Member, objective: Objective) -> Tail:
         member.needs("label", f"loss {objective.loss}")
         return "none"
     member.needs("ids", f"loss {objective.loss}")
+    linear = objective.loss == "forward-kl" and objective.tail in ("auto", "sampled")
+    if member.repeats and not (linear and objective.temperatures == (1.0,)):
+        raise InputError(
+            f"teacher {member.name}: its ids were sampled in another vocabulary and projected into this one, so that "
+            f"only a loss that is linear in the teacher's probabilities is unbiased: take forward-kl with tail sampled "
+            f"at temperature 1"
+        )
     for temperature in objective.temperatures:
         if member.sampled_at not in (None, temperature):
             raise InputError(

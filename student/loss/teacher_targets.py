@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -45,7 +45,8 @@ class Member:
     for an entry of top-k targets, in which every id is certain. `absent` are the fields that the entry does not store:
     some of entropy, half-tail, ids, label, sampled-logprobs, tail. `log_rounding` is what the stored log-probs of
     sampled ids are above the teacher's in the mean, nats: they are rounded for the mean of 1 / p. `sources` are those
-    of the documents that it teaches, None for all. `stored_ids` is K, None where it is not known.
+    of the documents that it teaches, None for all. `stored_ids` is K, None where it is not known. `projected`: whether
+    the targets are those of an entry in another vocabulary.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Member:
     log_rounding: float = 0.0
     sources: frozenset[str] | None = None
     stored_ids: int | None = None
+    projected: bool = False
 
     @classmethod
     def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0, sources: Collection[str] | None = None) -> Member:
@@ -74,6 +76,7 @@ class Member:
             mean_rounding(entry.encoding.sampled_step_nats or 0.0),
             None if taught is None else frozenset(taught),
             entry.targets.k,
+            entry.made == "projected",
         )
 
     def meets(self, other: Member) -> bool:
@@ -89,6 +92,11 @@ class Member:
                 f"teacher {self.name}: {what} needs the teacher's likely ids, and its entry holds the log-probs of the "
                 f"text's own tokens alone: cache it with --targets varopt or topk, or take --loss lightning-opd"
             )
+        if self.projected and field != "tail":
+            raise InputError(
+                f"teacher {self.name}: {what} needs {field}, which an entry from another vocabulary cannot have: leave "
+                f"it out, or train on an entry that its teacher made in this vocabulary"
+            )
         if field == "tail":
             raise InputError(
                 f"teacher {self.name}: {what} needs the mass outside its stored ids, which its entry does not know: "
@@ -98,6 +106,11 @@ class Member:
             f"teacher {self.name}: {what} needs {field}, which its entry does not store: cache it with --fields "
             f"{field}, or --fields all"
         )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a row may name an id more than once: drawn ids, each mapped to one of this vocabulary."""
+        return self.projected and self.sampled_at is not None
 
     @property
     def knows_constant(self) -> bool:
@@ -247,6 +260,21 @@ def weights(tempered: Tempered, tail: Tail, blend: float = 0.0) -> Weights:
         return _heads_alone(tempered.bucketed[0])
     assert tail == "bucket", tail
     return _bucket(tempered)
+
+
+def by_distinct_ids(tempered: Tempered, found: Weights) -> tuple[Tensor, Weights]:
+    """(support [P, K], weights) in which an id that a projected row names several times stands once, with their sum."""
+    support = tempered.support
+    if not tempered.member.repeats:
+        return support, found
+    ids, order = support.sort(dim=1, stable=True)
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    firsts = order.gather(1, index.masked_fill(repeated, 0).cummax(1).values)
+    columns = torch.empty_like(order).scatter_(1, order, firsts)
+    heads = torch.zeros_like(found.heads).scatter_add_(1, columns, found.heads)
+    return torch.where(columns == index, support, -1), replace(found, heads=heads)
 
 
 def _bucket(tempered: Tempered) -> Weights:

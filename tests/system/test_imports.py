@@ -38,8 +38,8 @@ ROOMS = {
         ("cli",),
     ),
     "logit_cache": (
-        ("describe", "passage"), ("corpus",), ("caching",), ("fidelity",), ("importing",), ("engines", "exporting"),
-        ("cli",),
+        ("describe", "passage"), ("corpus",), ("caching",), ("fidelity",), ("importing", "projection"),
+        ("engines", "exporting"), ("cli",),
     ),
 }  # fmt: skip
 # Leaves of logit_cache, each with the leaves whose records it reads: they know the first level, and only the commands

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from storage.format.encoding import MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, MIN_VALUE_STEP_NATS
 from storage.format.manifest.cache import MAX_SOURCES
 from storage.format.manifest.imported import ImportedFrom
+from storage.format.manifest.projected import ProjectedFrom
 from storage.format.manifest.shared import ADDED, MAX_OBJECT_BYTES, ArrayLayout, Count, Positive, Sha256, Text, Versions
 from storage.format.manifest.teacher import Teacher
 from storage.format.sealing import Record
@@ -214,7 +215,8 @@ class TeacherEntry(Record):
     `vocabulary_size` is the V of its targets: the tokenizer's, or fewer ids where the teacher has no column for the
     last ones. No token of the stream is one of those. `made`, since version 2: how the targets were made, by a teacher
     in process (cached), by one behind a server, from somebody's file, from an entry of another vocabulary, or from
-    another entry of this one. `imported_from`: that file, also of an entry that was made from an imported one.
+    another entry of this one. `imported_from`: that file, also of an entry that was made from an imported one;
+    `projected_from`: that entry of another vocabulary, likewise.
     """
 
     format_version: Literal[1, 2] = 1
@@ -232,6 +234,7 @@ class TeacherEntry(Record):
     made: Literal["cached", "served", "imported", "projected", "recompressed"] | None = ADDED
     derived_from: Sha256 | None = None
     imported_from: ImportedFrom | None = ADDED
+    projected_from: ProjectedFrom | None = ADDED
     created_with: Versions
 
     @model_validator(mode="after")
@@ -240,6 +243,8 @@ class TeacherEntry(Record):
             raise ValueError("version 2 of an entry states how it was made, and version 1 does not")
         if self.made in (None, "cached") and not self.teacher.loaded:
             raise ValueError("an entry that its teacher made states the digests of that model")
+        if (self.made == "projected") != (self.projected_from is not None):
+            raise ValueError("a projected entry states what it was projected from, and no other does")
         self.targets.of_version(self.format_version)
         self.encoding.of_version(self.format_version, self.targets)
         if self.targets.k > self.vocabulary_size:

@@ -17,6 +17,7 @@ from storage.format.identity import stream_sha256
 from storage.format.layout import entry_layout, stream_layout
 from storage.format.manifest.cache import CacheRecord, Corpus, CorpusSource, Rollouts, Tokenizer
 from storage.format.manifest.entry import Encoding, Execution, Targets, TeacherEntry, Windowing
+from storage.format.manifest.projected import NextTokens, ProjectedFrom
 from storage.format.manifest.shared import ArrayLayout, Versions
 from storage.format.manifest.teacher import Teacher, TeacherIdentity
 from storage.format.targets import SparseTargets
@@ -117,8 +118,22 @@ def entry_2(entry: TeacherEntry, *fields: Any, **changes: Any) -> TeacherEntry:
         value_step_nats=1 / 256 if codes else None,
         sampled_step_nats=1 / 2 if codes and "sampled-logprobs" in fields else None,
     )
-    changed = {"format_version": 2, "made": made, "targets": Targets(**targets), "encoding": encoding}
+    origin = projected_from() if made == "projected" else None
+    changed = {
+        "format_version": 2, "made": made, "targets": Targets(**targets), "encoding": encoding, "projected_from": origin
+    }  # fmt: skip
     return TeacherEntry.model_validate(dict(entry) | changed)
+
+
+def projected_from() -> ProjectedFrom:
+    """What a projected entry says of its source, made up."""
+    digests = ("entry_sha256", "stream_sha256", "tokenizer_fingerprint", "vocabulary_sha256")
+    counts = ("shared_positions", "trained_positions", "shared_trained_positions", "sampled_positions")
+    none = NextTokens(positions=0, right=0)
+    made_up: dict[str, Any] = dict.fromkeys(digests, SHA) | dict.fromkeys(counts, 0)
+    return ProjectedFrom(
+        **made_up, vocabulary_size=1, certain=none, uncertain=none, uncertain_mass=0.0, most_uncertain=0.5
+    )
 
 
 def random_stream(vocabulary_size: int, positions: int, k: int) -> tuple[np.ndarray, SparseTargets]:
