@@ -243,8 +243,7 @@ def projected_in_words(found: dict[str, Any], positions: int) -> list[str]:
         return f"{100 * part / whole:.1f} %" if whole else "none"
 
     right = [
-        f"{share(found[kind]['right'], found[kind]['positions'])} of {counted(found[kind]['positions'], 'id')} with a "
-        f"{kind} one"
+        f"{share(found[kind]['right'], found[kind]['positions'])} of the {found[kind]['positions']:,} {kind} ones"
         for kind in ("certain", "uncertain")
     ]
     return [
@@ -252,7 +251,7 @@ def projected_in_words(found: dict[str, Any], positions: int) -> list[str]:
         f"(fingerprint {found['tokenizer_fingerprint'][:16]}…)",
         f"shared boundaries: {share(found['shared_positions'], positions)} of the positions, "
         f"{share(found['shared_trained_positions'], found['trained_positions'])} of those that the loss counts",
-        f"the first token of the text's next id is the text's for {' and '.join(right)}",
+        f"first tokens of the ids that follow are those of the text for {' and '.join(right)}",
         f"mass of ids whose first token is uncertain: {found['uncertain_mass']:.4f} on average over "
         f"{counted(found['sampled_positions'], 'row')}; rows with more than {found['most_uncertain']:g} are left out",
     ]

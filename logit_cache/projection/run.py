@@ -153,8 +153,8 @@ def _survey(teacher: LogitCache, student: LogitCache, rows: SourceRows) -> Proje
     agrees = agreement(rows.alignment, teacher, student, rows.first.ids, rows.first.uncertain)
     certain, uncertain = (NextTokens(positions=int(all_), right=int(right)) for all_, right in agrees)
     masses = [np.empty(0)]
-    for start in np.unique(np.linspace(0, max(0, total - _SPAN_POSITIONS), _SURVEYED_SPANS).astype(np.int64)):
-        for _, at in rows.pieces(int(start), min(int(start) + _SPAN_POSITIONS, total)):
+    for start in range(0, total, max(_SPAN_POSITIONS, total // _SURVEYED_SPANS)):
+        for _, at in rows.pieces(start, min(start + _SPAN_POSITIONS, total)):
             found = rows.project(at)
             masses.append(found.uncertain[found.kept > 0])
     surveyed = np.concatenate(masses)

@@ -130,6 +130,13 @@ somebody says is known: `source`, and none of the digests. Each of its documents
 `windowing` has the length of the longest one, and `execution` knows nothing ("unknown"). Where the rounding of a
 log-prob in the files has a bound, `error_nats`, it adds to the errors above.
 
+**Projected entries.** An entry that was made from one in another vocabulary (`made` is "projected") has
+`projected_from`: the digests of that entry's record, of its stream and its tokenizer, how many positions of both
+streams end at the same byte, and how far the first token of an id's bytes is uncertain. Rows stand at such positions
+alone. Certain ids are sums over ids of the source that were certain there, lower bounds of their probabilities; the
+rest is in the mass outside. Sampled ids may repeat, and may be certain ids, too: weights add up. `windowing` is that of
+the source, in its own tokens.
+
 **Versions.** Version 2 of the CacheRecord has the array `document_sources` and fields about how the stream was made:
 `begins_with_bos`, `template_sha256`, `template_variables`, `date`, `skipped_rows`, and `rollouts`, the model whose
 samples the tokens are, and how it was sampled. Fields that are absent, there and
