@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from storage.config import Folder, Settings, name_values, parse_yaml
 from storage.format.manifest.shared import ADDED, TEACHER_NAME
+from student.data.available import check_available
 from student.loss.objective import LIGHTNING_OPD, Objective
 from student.models.adapters.lora import Lora
 
@@ -131,13 +131,15 @@ class StudentJob(Objective):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
-        if self.available:
+        if self.available is not False:
             self._agrees_available(names)
         if self.live_teachers:
             self._agrees_live()
         elif self.combine is not None:
             raise ValueError(f"combine {self.combine} belongs to live teachers; cached ones are combined by --teacher")
         elif not names and self.uses_teachers:
+            if self.loss == LIGHTNING_OPD:
+                raise ValueError(f"loss {self.loss} needs a teacher's log-probs of the rollouts: name one")
             asked = self.alpha if self.alpha < 1 else self.alpha_end
             raise ValueError(f"alpha is {asked:g} but no teacher is named: name one, or leave alpha at 1")
         if self.pack_documents and self.loss_scale == "babyllama":
@@ -154,16 +156,8 @@ class StudentJob(Objective):
     def _agrees_available(self, names: list[str]) -> None:
         if not names:
             raise ValueError("available is about entries that are still being written: name a teacher, or leave it out")
-        if not isinstance(self.available, dict):
-            return
-        if self.available.keys() != set(names):
-            raise ValueError(
-                f"available has ranges of {', '.join(self.available)}; the teachers are {', '.join(names)}"
-            )
-        for name, ranges in self.available.items():
-            edges = [edge for start_and_stop in ranges for edge in start_and_stop]
-            if any(one >= other for one, other in pairwise(edges)):
-                raise ValueError(f"available: the ranges of {name} do not ascend, or do not lie apart")
+        if isinstance(self.available, dict):
+            check_available(self.available, names)
 
     def _agrees_live(self) -> None:
         if self.teachers:

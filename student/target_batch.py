@@ -40,9 +40,9 @@ class TargetBatch:
     sequence        int32 [rows]   rows with one number are one sequence, a document in a window
 
     Floats may be float64. The last five hold anything in a row without targets, and are None where the entry does not
-    have them, `sequence` where no loss takes means over sequences. An entry without ids (K = 0) has the label alone. It
-    is no mapping, so that what casts or moves the floats of a batch by their type (FSDP, DeepSpeed) leaves it alone;
-    data loaders and accelerate call `to` and `pin_memory`.
+    have them, `sequence` but for top-k entries. An entry without ids (K = 0) has the label alone. It is no mapping, so
+    that what casts or moves the floats of a batch by their type (FSDP, DeepSpeed) leaves it alone; data loaders and
+    accelerate call `to` and `pin_memory`.
     """
 
     token_ids: Tensor
@@ -120,6 +120,8 @@ class StoredBatch:
                 for stored, first in zip(documents, starts, strict=True):
                     window[first : first + len(stored)] = stored.arrays[name]
             found[name] = torch.from_numpy(batch)
+        if example.entry.targets.method != "top-k":
+            return cls(example.entry, found)
         sequence, number = np.zeros((len(windows), rows), np.int32), 0
         for numbers, documents, starts in zip(sequence, windows, firsts, strict=True):
             for stored, first in zip(documents, starts, strict=True):

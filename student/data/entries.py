@@ -17,14 +17,6 @@ from storage.format.manifest.entry import TeacherEntry
 from storage.text import quoted
 from student.models.tokenizer import begin_id
 
-Available = dict[str, tuple[tuple[int, int], ...]]
-"""By teacher, the ranges of positions that are read of an entry that is being written, ascending and apart."""
-
-
-def available_now(cache: LogitCache, names: Sequence[str]) -> Available:
-    """What is committed of some entries. It grows while they are written: whoever continues later has to keep it."""
-    return {name: tuple(cache.teacher(name).committed()) for name in names}
-
 
 def usable_entry(cache: LogitCache, name: str, ranges: Sequence[tuple[int, int]] | None = None) -> TeacherEntry:
     """An entry of this cache's own stream and tokenizer, complete, or at least in some ranges of positions.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numpy as np
+
+from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest.cache import Rollouts
 from student.data.windows import DistillationWindows
@@ -13,13 +17,13 @@ from student.models.model_files import find_model, model_digests
 _SAMPLE = "sample them from it (examples/sample_rollouts.py)"
 
 
-def check_rollouts(windows: DistillationWindows, model: str) -> None:
+def check_rollouts(windows: DistillationWindows, model: str, window_tokens: int) -> None:
     """Check that a stream is rollouts of a student as it is before training, by the digests of its files, and that each
-    is read by itself, as it was sampled.
+    is read by itself and whole, as it was sampled, by the teachers and in windows of `window_tokens`.
 
     A new LoRA changes nothing that its base says, so the base is the student then. The student's files are read whole.
-    Raises InputError for a stream that is nobody's rollouts, for windows that cross documents, or a student without
-    weights; IdentityMismatch where another model made them.
+    Raises InputError for a stream that is nobody's rollouts, for windows that cross documents or cut them, or a student
+    without weights; IdentityMismatch where another model made them.
     """
     cache, rollouts = windows.cache_url, windows.record.corpus.rollouts
     if rollouts is None:
@@ -32,12 +36,13 @@ def check_rollouts(windows: DistillationWindows, model: str) -> None:
             f"{cache}: the teacher read a rollout behind others ({', '.join(windows.teachers)}), and the student "
             f"sampled it by itself: cache the teacher again, with --isolate-documents"
         )
+    _check_whole(windows, window_tokens)
     if not has_weights(model):
         raise InputError(
             f"{model}: loss lightning-opd trains the model that made the rollouts in {cache} ({rollouts.source}), and "
             f"this is a new one: give that model with --model"
         )
-    student = model_digests(find_model(model))
+    student = _digests(model)
     made_by = rollouts.digests
     differing = [
         f"{name}: theirs {made_by.get(name, 'none')}, the student's {student.get(name, 'none')}"
@@ -50,6 +55,30 @@ def check_rollouts(windows: DistillationWindows, model: str) -> None:
             differing,
             f"Loss lightning-opd is for a student's own rollouts: {_SAMPLE}, or train the model that made these",
         )
+
+
+def _check_whole(windows: DistillationWindows, window_tokens: int) -> None:
+    """A token is as likely as its rollout says only behind all of the rollout that comes before it."""
+    starts = LogitCache.open(windows.cache_url).document_starts.astype(np.int64)
+    longest = int(np.diff(starts, append=windows.record.corpus.positions).max()) - 1
+    if longest > window_tokens:
+        raise InputError(
+            f"{windows.cache_url}: its longest rollout reads {longest:,} tokens, windows of {window_tokens:,} would "
+            f"cut it: take --window-tokens {longest}"
+        )
+    for name, entry in windows.entries.items():
+        if longest > entry.windowing.context_tokens:
+            raise InputError(
+                f"{windows.cache_url}: its longest rollout reads {longest:,} tokens, and teacher {name} read it in "
+                f"windows of {entry.windowing.context_tokens:,}: cache the teacher again, with --context-tokens "
+                f"{longest} or without"
+            )
+
+
+@functools.cache
+def _digests(model: str) -> dict[str, str]:
+    """A sweep asks once for each of its trials."""
+    return model_digests(find_model(model))
 
 
 def rollout_field(

@@ -32,9 +32,10 @@ from storage import LogitCache
 from storage.cache.positions import Positions, named_sources
 from storage.errors import IncompleteCache, InputError
 from storage.progress import Log
+from student.data.available import Available, available_now, check_available
 from student.data.batches import Piece, Window, as_read
 from student.data.blocks import Blocks, Offset, whole_numbers
-from student.data.entries import Available, available_now, beginning, isolation, usable_entry, usable_sources
+from student.data.entries import beginning, isolation, usable_entry, usable_sources
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.data.packing import GROUP_ROWS, Packing
 from student.labels import NOT_TRAINED
@@ -100,11 +101,9 @@ class DistillationWindows(Dataset[Window]):
         self.available: Available | None = None
         if available is True:
             self.available = available_now(cache, self.teachers)
-        elif available:
-            unnamed = [name for name in self.teachers if name not in available]
-            if unnamed:
-                raise InputError(f"available says nothing of teacher {unnamed[0]}: name ranges of each")
-            self.available = {name: tuple((a, b) for a, b in available[name]) for name in self.teachers}
+        elif available is not False:
+            self.available = {name: tuple((a, b) for a, b in ranges) for name, ranges in available.items()}
+            check_available(self.available, self.teachers)
         read = self.available or {}
         self.entries = {name: usable_entry(cache, name, read.get(name)) for name in self.teachers}
         strangers = [name for name in sources or {} if name not in self.entries]
@@ -176,7 +175,9 @@ class DistillationWindows(Dataset[Window]):
         for ranges in (self.available or {}).values():
             blocks = blocks.inside(ranges)
         if not len(blocks):
-            raise IncompleteCache(
+            # Where something is committed, smaller windows may lie within it.
+            error = InputError if all((self.available or {}).values()) else IncompleteCache
+            raise error(
                 f"{self.cache_url}: no window of {self.window_tokens} positions lies within what is committed of "
                 f"{' and '.join(self.available or {})}: wait for more shards, or take smaller windows"
             )

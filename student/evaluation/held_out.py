@@ -49,11 +49,7 @@ class HeldOutSums:
     def __init__(self, vocabulary_size: int, members: Sequence[Member] = ()) -> None:
         self.vocabulary_size = vocabulary_size
         self.members = tuple(member for member in members if figure_of(member))
-        self._not_measured = {
-            member.name: "its entry does not know the mass outside its ids"
-            for member in members
-            if not figure_of(member)
-        }
+        self._not_measured = {member.name: _why_not(member) for member in members if not figure_of(member)}
         sizes = [1, 1, 3 * BINS, 3 * len(self.members)]
         self._sums = torch.zeros(sum(sizes), dtype=torch.float64)  # the others are views of it
         self._tokens, self._nats, bins, kl = torch.split(self._sums, sizes)
@@ -149,9 +145,20 @@ class HeldOutSums:
 
 def figure_of(member: Member) -> str | None:
     """The name under which evaluations log a teacher's figure; None where there is none."""
-    if "tail" in member.absent:
+    if _why_not(member):
         return None
     return f"{TEACHER_CROSS_ENTROPY if _is_cross_entropy(member) else 'kl'}_{member.name}"
+
+
+def _why_not(member: Member) -> str:
+    """Why a KL to a teacher's targets is not known; empty where it is."""
+    if "ids" in member.absent:
+        return "its entry holds the log-probs of the text's own tokens alone"
+    if "tail" in member.absent:
+        return "its entry does not know the mass outside its ids"
+    if member.sampled_at not in (None, 1.0) and "sampled-logprobs" in member.absent:
+        return f"its ids were sampled for temperature {member.sampled_at:g}, and their log-probs are not stored"
+    return ""
 
 
 def _is_cross_entropy(member: Member) -> bool:

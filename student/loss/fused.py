@@ -209,7 +209,7 @@ def _chunk_kind(
     device: torch.device, dtype: torch.dtype, temperature: float, softcap: float | None
 ) -> type[LogitChunk]:
     """The kind of passes over the buffer: Triton's where they run, torch's elsewhere. Their results are the same."""
-    if device.type in _TRITON_DEVICES and dtype == torch.float32 and _triton_runs(device, temperature, softcap):
+    if device.type in _TRITON_DEVICES and dtype == torch.float32 and _triton_runs(device, temperature != 1.0, softcap):
         from student.loss.chunk.triton_chunk import TritonChunk
 
         return TritonChunk
@@ -217,14 +217,17 @@ def _chunk_kind(
 
 
 @functools.cache
-def _triton_runs(device: torch.device, temperature: float, softcap: float | None) -> bool:
-    """Whether triton is installed, compiles for this device and agrees with torch; tried once per combination."""
+def _triton_runs(device: torch.device, tempered: bool, softcap: float | None) -> bool:
+    """Whether triton is installed, compiles for this device and agrees with torch; tried once per combination.
+
+    The kernels are others where the temperature is 1. Elsewhere it is an argument of theirs: one stands for all.
+    """
     if importlib.util.find_spec("triton") is None:
         return False
     try:
         from student.loss.chunk.triton_chunk import check
 
-        check(device, temperature, softcap)
+        check(device, 2.0 if tempered else 1.0, softcap)
     except Exception as error:  # compilers fail in many ways; the loss does not depend on them
         logging.getLogger(__name__).warning(
             "the fused loss runs without its Triton kernels on %s, slower: %s: %s", device, type(error).__name__, error

@@ -94,6 +94,8 @@ def check_linear(members: Sequence[Member], objective: Objective) -> None:
     mixed = [pair for pair in combinations(weighing, 2) if pair[0].meets(pair[1])]
     if objective.loss != "forward-kl" and mixed:
         names = ", ".join(dict.fromkeys(member.name for pair in mixed for member in pair))
+        if objective.loss == LIGHTNING_OPD:
+            raise InputError(f"loss {objective.loss} of several teachers ({names}) of the same text: name one of them")
         raise InputError(
             f"loss {objective.loss} of several teachers ({names}): only forward-kl is linear in the "
             "teacher, so that a mixture can be made of separate entries; take forward-kl, one teacher, or an ensemble "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import NormalDist
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -207,6 +207,12 @@ class Search(_Frozen):
         if not isinstance(value, Mapping):
             raise ValueError("expected names with their ranges, as learning_rate: {choices: [1e-3, 3e-3]}")
         return {name: _parse_parameter(str(name), item) for name, item in value.items()}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.pairs_limit is not None and self.pairs is None:
+            raise ValueError(f"pairs_limit {self.pairs_limit} is of pairs: give their folder, or leave it out")
+        return self
 
     @property
     def figure(self) -> str:

@@ -58,7 +58,6 @@ def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, A
         metrics = report.held_out.logged()
         value = _finite(search.figure, metrics[search.figure], report.steps)
         ended = report.train_log + report.eval_log
-        known(**_pairs_scored(search, folder))
         known(
             state="complete",
             value=value,
@@ -76,16 +75,20 @@ def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, A
         known(state="failed", error=reason, **watch.found())
     # The trainer refers to itself, and the memory may not hold two models.
     clear_device_cache(garbage_collection=True)
+    if record.state == "complete":
+        # What fails here is not its values' fault: it is raised, and the run is not trained again.
+        known(**_pairs_scored(search, folder, bool(job.training.get("use_cpu"))))
     return record
 
 
-def _pairs_scored(search: Search, folder: Path) -> dict[str, float | None]:
+def _pairs_scored(search: Search, folder: Path, on_cpu: bool) -> dict[str, float | None]:
     """Score a finished trial's model on the minimal pairs of the sweep, and write all of its scores beside it."""
     if search.pairs is None:
         return {}
     path = folder / SCORES_FILE
     if not path.exists():
-        fields = {"model": str(folder), "pairs": search.pairs, "limit": search.pairs_limit}
+        fields: dict[str, Any] = {"model": str(folder), "pairs": search.pairs, "limit": search.pairs_limit}
+        fields |= {"device": "cpu"} if on_cpu else {}
         job = EvaluationJob.model_validate(fields)
         replace_file(path, (evaluate(job).model_dump_json(indent=1) + "\n").encode())
     found = EvaluationReport.model_validate_json(path.read_bytes()).minimal_pairs

@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage import LogitCache
+from student.data.available import Available, available_now
 from student.data.blocks import Blocks
-from student.data.entries import Available, available_now
 from student.data.packing import Packing
 from student.job import StudentJob
 from student.models.configuration import has_weights, positions_of, read_config
@@ -50,7 +51,8 @@ def open_fields(job: StudentJob, record: Mapping[str, Any], swept: Collection[st
     # Each trial of a sweep follows its own fields: a scale of the loss may need windows of one document.
     packs = None if swept else packs_documents(job)
     chosen: dict[str, Any] = {_PACK: packs, **(_ADAPTER if trains_adapter(job) else _FINE_TUNING)}
-    return {name: chosen[name] if name in chosen else _window_tokens(job) for name in names} | available
+    there = available.get(_AVAILABLE) or (job.available if isinstance(job.available, dict) else {})
+    return {name: chosen[name] if name in chosen else _window_tokens(job, there) for name in names} | available
 
 
 def filled(job: StudentJob, values: Mapping[str, Any]) -> StudentJob:
@@ -95,7 +97,7 @@ def _recorded(record: Mapping[str, Any], name: str) -> Any:
     return earlier if value is None else value
 
 
-def _window_tokens(job: StudentJob) -> int:
+def _window_tokens(job: StudentJob, available: Available) -> int:
     """The longest context of the job's cached teachers, within what its models and its texts have, and no longer than
     leaves an epoch the windows of a step."""
     cache = LogitCache.open(job.cache)
@@ -111,9 +113,19 @@ def _window_tokens(job: StudentJob) -> int:
     total, step = cache.record.corpus.positions, _step_windows(job)
     window = min(window, max(1, (total - 1) // step))
     # Windows at a random offset, and documents shorter than a window, leave fewer, or share some.
-    while window > 1 and _windows(Blocks.of(total, starts, window, job.offset, job.seed), job) < step:
+    # And so does what is not committed yet.
+    while window > 1 and _windows(_blocks(job, total, starts, window, available), job) < step:
         window = window * 15 // 16
     return window
+
+
+def _blocks(
+    job: StudentJob, positions: int, starts: NDArray[np.uint64] | None, window_tokens: int, available: Available
+) -> Blocks:
+    blocks = Blocks.of(positions, starts, window_tokens, job.offset, job.seed)
+    for ranges in available.values():
+        blocks = blocks.inside(ranges)
+    return blocks
 
 
 def _windows(blocks: Blocks, job: StudentJob) -> int:

@@ -43,6 +43,13 @@ class Caches:
     provenance: dict[str, str]
     remarks: tuple[str, ...] = ()
 
+    def same_sampler(self) -> bool:
+        """Whether the held-out text is rollouts of the model that made those which are trained on."""
+        ours, theirs = (
+            None if windows is None else windows.record.corpus.rollouts for windows in (self.windows, self.eval_windows)
+        )
+        return ours is not None and theirs is not None and ours.digests == theirs.digests
+
     def check_figure(self, field: str, given: str, more: Sequence[str] = ()) -> None:
         """Raise InputError unless evaluations measure the figure that a field names; `more` are measured too."""
         by_teacher = [figure for member in self.eval_members if (figure := figure_of(member)) is not None]
@@ -124,7 +131,7 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
             f"windows begin with BOS: take --loss-scale token, or windows without BOS (no --bos-each-window)"
         )
     if job.loss == LIGHTNING_OPD:
-        check_rollouts(caches.windows, job.model)
+        check_rollouts(caches.windows, job.model, job.window_tokens)
     windows, eval_windows = caches.windows.cut(job.window_tokens, job.offset), caches.eval_windows
     if eval_windows is not None:
         eval_windows = eval_windows.cut(job.window_tokens, "fixed")
@@ -166,6 +173,8 @@ def _eval_loss(caches: Caches, job: StudentJob, objective: dict[str, Any]) -> Di
         return "without teachers it is the cross-entropy, which is called loss"
     if caches.not_measured:
         return "; ".join(f"teacher {name}: {why}" for name, why in caches.not_measured.items())
+    if job.loss == LIGHTNING_OPD and not caches.same_sampler():
+        return f"{job.eval_cache} has no rollouts of the student, and loss {job.loss} is of those"
     weights = {teacher.name: teacher.weight for teacher in job.teachers}
     members = [replace(member, weight=weights[member.name]) for member in caches.eval_members]
     try:

@@ -51,6 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job_of(world: Path, out: Path, rollouts: str, model: str | Path, **changes: Any) -> Any:
     training = {**TRAINING, **changes.pop("training", {})}
     of = {"cache": str(world / f"of-{rollouts}"), "teachers": ["t"], "model": str(model), "temperature": 1.0}
+    of["window_tokens"] = 20
     return job_in(world, out, **{**of, **changes}, loss="lightning-opd", training=training)
 
 
@@ -91,7 +92,19 @@ def test_no_other_model_is_trained_on_them(world: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"the teacher read a rollout behind others \(behind-others\)"):
         train(job_of(world, tmp_path / "out", "base", world / "base", teachers=["behind-others"]))
+    with pytest.raises(InputError, match=r"longest rollout reads 19 tokens, windows of 16 .*: take --window-tokens 19"):
+        train(job_of(world, tmp_path / "out", "base", world / "base", window_tokens=16))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_loss_is_measured_on_rollouts_of_the_student_alone(world: Path, tmp_path: Path) -> None:
+    """Elsewhere a better student may have a higher one."""
+    for held_out, known in (("base", True), ("adapter", False), ("nobody", False)):
+        report = train(
+            job_of(world, tmp_path / held_out, "base", world / "base", eval_cache=str(world / f"of-{held_out}"))
+        )
+        assert report.held_out is not None
+        assert (report.held_out.distillation_loss is not None) == known
 
 
 def test_micro_batches_change_nothing(world: Path, tmp_path: Path) -> None:

@@ -140,5 +140,5 @@ def test_nothing_else_of_the_objective_is_open(options: dict[str, Any], said: st
         DistillationLoss(V, 0.5, 1.0, [member("t")], loss="lightning-opd")
     with pytest.raises(InputError, match="temperature 2"):
         DistillationLoss(V, 0.0, 2.0, [member("t")], loss="lightning-opd")
-    with pytest.raises(InputError, match="only forward-kl is linear"):
+    with pytest.raises(InputError, match="of the same text: name one of them"):
         loss_of(member("a"), member("b"))
