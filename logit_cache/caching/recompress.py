@@ -217,6 +217,7 @@ def _targets(source: TeacherEntry, job: RecompressJob, version: int) -> Targets:
     targets, sampled = source.targets, source.targets.method == "varopt"
     if version != source.format_version:
         targets = _as_version_2(targets)
+    _check_ids(targets, job)
     if job.k is not None and job.k > targets.k:
         raise InputError(f"-k {job.k}: {job.name} holds {targets.k} ids per position: give at most {targets.k}")
     changes: dict[str, Any] = {"k": job.k or targets.k, "top_p": _top_p(targets, job)}
@@ -229,6 +230,15 @@ def _targets(source: TeacherEntry, job: RecompressJob, version: int) -> Targets:
         if _drops_rows(source, job) and targets.positions == "all":
             changes["positions"] = "trained"
     return targets.model_copy(update=changes)
+
+
+def _check_ids(targets: Targets, job: RecompressJob) -> None:
+    asked = {"-k": job.k, "--top-p": job.top_p, "--fields lean": "lean" in job.fields}
+    option = next((option for option, given in asked.items() if given), None)
+    if not targets.k and option is not None:
+        raise InputError(
+            f"{option}: {job.name} holds the log-probs of the text's own tokens alone, of which nothing can be left out"
+        )
 
 
 def _as_version_2(targets: Targets) -> Targets:

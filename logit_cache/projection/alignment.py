@@ -13,10 +13,10 @@ stream have one key, the last one has read all of them. Keys lie in files, so me
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from logit_cache.projection.spelling import Spelling
 from storage.cache.reader import LogitCache
-from storage.errors import InputError
+from storage.errors import InputError, StorageFull, is_out_of_space
 
 _BLOCK_TOKENS = 1 << 18
 _DOCUMENT = 256  # the symbol of its beginning
@@ -89,7 +89,7 @@ class Side:
 
 @dataclass
 class Alignment:
-    """The keys of both streams, int64 [N] each, in files that go with `close`.
+    """The keys of both streams, int64 [N] each, in files without names.
 
     unlike_starts: int64 [D], symbols before each document, where the streams do not put the same spaces before a text,
     so that what follows there is not spelled alike; None where they do.
@@ -98,7 +98,6 @@ class Alignment:
     teacher: NDArray[np.int64]
     student: NDArray[np.int64]
     unlike_starts: NDArray[np.int64] | None
-    close: Callable[[], None]
 
     def rows(self, start: int, stop: int) -> NDArray[np.int64]:
         """The teacher's position for each of the student's `start .. stop`; `NOWHERE` where no boundary is shared, and
@@ -124,19 +123,32 @@ def align(
     teacher: LogitCache, student: LogitCache, spellings: tuple[Spelling, Spelling], advance: Callable[[int], None]
 ) -> Alignment:
     """Raises InputError where the texts, or the order of their documents, differ, naming the first byte that does."""
-    folder = tempfile.TemporaryDirectory(prefix="logit-cache-")
     unlike = spellings[0].beginning != spellings[1].beginning
     sides = [Side(c, s, unlike) for c, s in zip((teacher, student), spellings, strict=True)]
-    try:
-        keys = [
-            np.memmap(Path(folder.name) / name, dtype=np.int64, mode="w+", shape=(side.positions,))
-            for name, side in zip(("teacher", "student"), sides, strict=True)
-        ]
-        starts = _compared(sides, keys, advance)
-    except BaseException:
-        folder.cleanup()
-        raise
-    return Alignment(keys[0], keys[1], starts if unlike else None, folder.cleanup)
+    keys = [_on_disk(side.positions) for side in sides]
+    starts = _compared(sides, keys, advance)
+    return Alignment(keys[0], keys[1], starts if unlike else None)
+
+
+def _on_disk(size: int) -> NDArray[np.int64]:
+    """int64 [size] in a file that goes with its last reader, however the process ends.
+
+    Raises StorageFull where the temporary folder has no room for it: a page that cannot be written ends the process.
+    """
+    with tempfile.TemporaryFile(prefix="logit-cache-") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, 8 * size)
+            else:
+                file.truncate(8 * size)
+        except OSError as error:
+            if is_out_of_space(error):
+                raise StorageFull(
+                    f"{tempfile.gettempdir()}: no room for the {8 * size:,} bytes by which two texts are aligned: free "
+                    f"some, or set TMPDIR to a folder with more"
+                ) from None
+            raise
+        return np.memmap(file, dtype=np.int64, mode="r+", shape=(size,))
 
 
 def _compared(sides: list[Side], keys: list[Any], advance: Callable[[int], None]) -> NDArray[np.int64]:

@@ -43,6 +43,11 @@ class ProjectJob(Settings):
 def check_source(job: ProjectJob, source: TeacherTargets, vocabulary_size: int) -> None:
     """Raise InputError for an entry whose targets cannot be projected without a bias."""
     targets = source.entry.targets
+    if not targets.k:
+        raise InputError(
+            f"{job.source}: {job.name} holds the log-probs of the text's own tokens alone (--targets none), and no ids "
+            f"to project: cache its teacher with --targets varopt or topk"
+        )
     if targets.method != "varopt":
         return
     if targets.temperature != 1.0:

@@ -58,19 +58,16 @@ def project_entry(job: ProjectJob, track: Track = untracked) -> Done:
     first = first_tokens(*spellings)
     with track("align", student.record.corpus.positions, "tokens") as advance:
         alignment = align(teacher, student, spellings, advance)
-    try:
-        rows = SourceRows(source, alignment, first, student.vocabulary_size, job.most_uncertain)
-        made = _survey(teacher, student, rows)
-        writer = EntryWriter.open(job.to, job.entry_name, projected_entry(job, source.entry, student, spellings, made))
-        with track(f"project {job.name}", writer.entry.positions, "positions") as advance:
-            for shard in writer.pending():
-                began = time.monotonic()
-                start, stop = writer.entry.layout.shard_range(shard, writer.entry.positions)
-                writer.commit(shard, rows.shard(writer.entry, start, stop).targets(), began)
-                advance(stop - start)
-        writer.finish()
-    finally:
-        alignment.close()
+    rows = SourceRows(source, alignment, first, student.vocabulary_size, job.most_uncertain)
+    made = _survey(teacher, student, rows)
+    writer = EntryWriter.open(job.to, job.entry_name, projected_entry(job, source.entry, student, spellings, made))
+    with track(f"project {job.name}", writer.entry.positions, "positions") as advance:
+        for shard in writer.pending():
+            began = time.monotonic()
+            start, stop = writer.entry.layout.shard_range(shard, writer.entry.positions)
+            writer.commit(shard, rows.shard(writer.entry, start, stop).targets(), began)
+            advance(stop - start)
+    writer.finish()
     statistics, _ = LogitCache.open(job.to).teacher(job.entry_name).statistics()
     with_targets = 0 if statistics is None else statistics.positions
     return Done(job.to, job.entry_name, writer.entry.positions, with_targets, writer.entry)
@@ -115,11 +112,12 @@ class SourceRows:
         """The positions of `start .. stop` that share a boundary, and the source's, some at a time."""
         found = self.alignment.rows(start, stop)
         here = np.flatnonzero(found != NOWHERE)
+        if not len(here):
+            return []
+        # What is read of the source are all of its rows from the first to the last.
         size = max(1, _IDS_AT_ONCE // self.source.entry.targets.k)
-        return [
-            (start + here[first : first + size], found[here[first : first + size]])
-            for first in range(0, len(here), size)
-        ]
+        edges = np.flatnonzero(np.diff(found[here] // size)) + 1
+        return list(zip(np.split(start + here, edges), np.split(found[here], edges), strict=True))
 
     def shard(self, entry: TeacherEntry, start: int, stop: int) -> TargetRows:
         """The targets of the positions `start .. stop` of an entry."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.passage.token_bytes import TokenBytes, byte_letters
-from storage.errors import InputError
+from storage.errors import FormatError, InputError
 from student.models.tokenizer import special_ids
 
 FILE = "tokenizer.json"
@@ -44,6 +44,11 @@ class Spelling:
             raise InputError(
                 f"{where}: its tokenizer is {kind}, whose ids do not spell the bytes of a text (spaces are lost, or "
                 f"words unknown): only byte-level BPE and SentencePiece with byte fallback can be aligned"
+            )
+        largest = max(self._bytes.backend.get_vocab().values(), default=0)
+        if size > 2 * (largest + 1):
+            raise FormatError(
+                f"{where}: its record says {size:,} ids, and the largest that its tokenizer has is {largest:,}"
             )
         self.file = files[FILE]
         self.size = size

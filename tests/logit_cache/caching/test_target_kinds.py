@@ -313,7 +313,8 @@ def test_commands_know_an_entry_without_ids(chats: Path, teacher: Path, tmp_path
     for command, said in (
         (("push", cache, tmp_path / "textless", "--without-tokens"), "log-probs of the text's tokens alone"),
         (("export", cache, "--name", "n", "--format", "parquet", "--out", tmp_path / "out"), "stores no ids"),
-        (("recompress", cache, "--name", "n", "--to", "m", "-k", 1), "holds 0 ids"),
+        (("recompress", cache, "--name", "n", "--to", "m", "-k", 1), "-k: n holds the log-probs"),
+        (("recompress", cache, "--name", "n", "--to", "m", "--fields", "lean"), "of which nothing can be left out"),
     ):
         done = run("logit-cache", *command)
         assert done.returncode == 2

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.caches.projection import DOCUMENTS, write_cache, write_entries
-from support.caches.small import entry_2, make_corpus, make_entry, random_sample, write_entry
+from support.caches.small import entry_2, make_corpus, make_entry, make_entry_2, random_sample, write_entry
 from support.commands import in_process, refused, succeeded
 
 from logit_cache.projection.run import _spelling
+from logit_cache.projection.spelling import Spelling
 from storage import LogitCache
 from storage.cache.writer import EntryWriter
+from storage.errors import FormatError
 
 Caches = Callable[[str], Path]
 
@@ -152,6 +154,14 @@ def test_what_cannot_be_aligned_or_stay_unbiased_is_refused(world: Path, caches:
     begun = entry_2(make_entry(record, 4, shard_tokens=512, chunk_tokens=128), method="varopt")
     write_entry(source, "begun", begun, random_sample(positions, size, 4), missing=[0])
     refused(project(source, to, name="begun"), "begun lacks")
+    labels = make_entry_2(record, 0, ("label",), method="none", tail="unknown")
+    write_entry(source, "labels", labels, random_sample(positions, size, 4))
+    refused(project(source, to, name="labels"), "no ids to project")
+
+
+def test_a_record_that_names_more_ids_than_there_are_is_refused(world: Path) -> None:
+    with pytest.raises(FormatError, match="says 1,000,000,000 ids"):
+        Spelling(LogitCache.open(str(world / "gpt2")).tokenizer_files(), 10**9, "here")
 
 
 def test_students_learn_from_it_alone_and_beside_a_native_entry(world: Path, caches: Caches, tmp_path: Path) -> None:
