@@ -151,7 +151,12 @@ def noted_loss(self, model, *others, **more):
         with open(os.environ["NOTES"] + os.environ.get("RANK", ""), "a") as notes:
             print(json.dumps([self.state.global_step, waiting.pop(0)]), file=notes)
     return loss(self, model, *others, **more)
+train = DistillationTrainer.train
+def noted_train(self, *others, **more):
+    waiting.clear()  # what was read before, for a bound on tails
+    return train(self, *others, **more)
 DistillationWindows.__getitems__, DistillationTrainer.compute_loss = noted_read, noted_loss
+DistillationTrainer.train = noted_train
 train_student(sys.argv[1:])
 """
 
