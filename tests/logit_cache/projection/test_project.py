@@ -25,17 +25,18 @@ def project(source: Path, to: Path, *flags: object, name: str = "exact"):  # typ
     return in_process("logit-cache", "project", source, "--name", name, "--to", to, *flags)
 
 
-def text_until(url: Path, position: int) -> bytes:
-    """What a stream spells up to a position, without spaces at the beginning of documents, token by token."""
+def texts_until(url: Path, positions: int) -> list[bytes]:
+    """What a stream spells up to each position, without spaces at the beginning of documents, token by token."""
     cache = LogitCache.open(str(url))
     spelling, starts = _spelling(cache), set(cache.document_starts.tolist())
-    found, head = b"", True
-    for at, token in enumerate(cache.tokens.read(0, position + 1).tolist()):
+    found, head, texts = b"", True, []
+    for at, token in enumerate(cache.tokens.read(0, positions).tolist()):
         if at in starts:
             found, head = found + b"\x00", True
         data = spelling[token].lstrip(b" ") if head else spelling[token]
         found, head = found + data, head and not data
-    return found
+        texts.append(found)
+    return texts
 
 
 @pytest.mark.parametrize("kind", ["llama3", "llama2"])
@@ -45,9 +46,8 @@ def test_rows_are_at_positions_that_have_read_the_same_text(world: Path, caches:
     cache = LogitCache.open(str(to))
     targets = cache.teacher("exact").read(0, cache.record.corpus.positions)
     source = LogitCache.open(str(world / "gpt2"))
-    read = {text_until(world / "gpt2", at) for at in range(600)}
-    there = [at for at in range(500) if targets.kept[at]]
-    assert all(text_until(to, at) in read for at in there)
+    read, ours = set(texts_until(world / "gpt2", 600)), texts_until(to, 500)
+    assert all(text in read for text, kept in zip(ours, targets.kept, strict=False) if kept)
     assert 0.3 < (targets.kept > 0).mean() < 1
     # The likeliest id is mostly the text's next one, as the teacher's is.
     tokens = cache.tokens.read(0, cache.record.corpus.positions)
