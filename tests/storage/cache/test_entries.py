@@ -70,7 +70,7 @@ def test_whatever_is_interrupted_is_sound_and_can_be_repeated(
     url = moto_bucket.upload(cache, "cache")
     expected = below(url, "teachers/codes")
     store: Any = type(open_store(url))
-    for steps in itertools.count(1, 7):
+    for steps in itertools.count(1, 11):
         left = steps
 
         def dies(method: Any) -> Any:
@@ -94,7 +94,7 @@ def test_whatever_is_interrupted_is_sound_and_can_be_repeated(
         assert verify(url, deep=True).problems == [], steps
         for name in LogitCache.open(url).teachers:
             LogitCache.open(url).teacher(name).missing()
-    assert steps > 7
+    assert steps > 11
     assert "codes" not in LogitCache.open(url).teachers
     assert below(url, "teachers/k33") in ({}, expected)
     assert sound(url)
