@@ -129,15 +129,17 @@ class Job:
     epochs: int
     budget: int | None
     batch_windows: int = BATCH_WINDOWS
+    rate: float | None = None  # by default as `LEARNING_RATE` says
 
     @property
     def learning_rate(self) -> float:
-        return LEARNING_RATE * math.sqrt(self.batch_windows / BATCH_WINDOWS)
+        return self.rate or LEARNING_RATE * math.sqrt(self.batch_windows / BATCH_WINDOWS)
 
     @property
     def name(self) -> str:
         at = "" if self.budget is None else f"-{self.budget}B"
         batch = "" if self.batch_windows == BATCH_WINDOWS else f"-batch{self.batch_windows}"
+        batch += "" if self.rate is None else f"-rate{self.rate:g}"
         return f"{self.arm}{at}-{self.epochs}x{batch}-seed{self.seed}"
 
 
@@ -388,13 +390,16 @@ def train(run: Path, job: Job) -> dict[str, Any]:
             schedule.step()
             if control is not None:
                 losses[epoch % len(losses)].end_step(control)
-        curve.append(evaluate(run, student))
+        # Of many passes the last: evaluating all would take as long as training.
+        if epoch == job.epochs - 1 or job.epochs <= FINAL_EPOCHS:
+            curve.append(evaluate(run, student))
     return {
         "arm": job.arm,
         "seed": job.seed,
         "epochs": job.epochs,
         "budget": job.budget,
         "batch_windows": job.batch_windows,
+        "rate": job.rate,
         "k": k,
         "bytes_per_token": stored_bytes,
         "steps": steps,
@@ -465,7 +470,7 @@ def budgeted(arm: str, budget: int) -> int | None:
 
 def run_jobs(run: Path, jobs: Sequence[Job], workers: int) -> None:
     arguments = {
-        job.name: [job.arm, str(job.seed), str(job.epochs), str(job.budget or 0), str(job.batch_windows)]
+        job.name: [*map(str, (job.arm, job.seed, job.epochs, job.budget or 0, job.batch_windows, job.rate or 0))]
         for job in jobs
     }
     run_all(run, Path(__file__), arguments, workers)
@@ -476,11 +481,16 @@ def screen_jobs() -> list[Job]:
 
 
 def final_jobs(
-    arms: Sequence[str], seeds: int, budgets: Sequence[int], batch_windows: int, passes: int = FINAL_EPOCHS
+    arms: Sequence[str],
+    seeds: int,
+    budgets: Sequence[int],
+    batch_windows: int,
+    passes: int = FINAL_EPOCHS,
+    rate: float | None = None,
 ) -> list[Job]:
     """Seed by seed, so that whatever is finished is paired."""
     return [
-        Job(arm, seed, passes, budgeted(arm, budget), batch_windows)
+        Job(arm, seed, passes, budgeted(arm, budget), batch_windows, rate)
         for budget in budgets
         for seed in range(1, seeds + 1)
         for arm in arms
@@ -508,8 +518,11 @@ def report(run: Path) -> str:
                 f"{100 * result['ece']:.2f} |"
             )
     finals = [result for result in found if result["seed"] > 0]
-    for batch, passes in sorted({(result["batch_windows"], result["epochs"]) for result in finals}):
-        of_these = [r for r in finals if (r["batch_windows"], r["epochs"]) == (batch, passes)]
+    kind: Callable[[dict[str, Any]], tuple[int, int, float]] = lambda r: (  # noqa: E731
+        r["batch_windows"], r["epochs"], r.get("rate") or 0
+    )  # fmt: skip
+    for batch, passes, rate in sorted({kind(result) for result in finals}):
+        of_these = [r for r in finals if kind(r) == (batch, passes, rate)]
         for budget in BUDGETS:
             lines += _final_lines([r for r in of_these if r["budget"] in (None, budget)], budget, batch)
     return "\n".join(lines)
@@ -533,7 +546,11 @@ def figure(run: Path) -> str:
     """An SVG: mean held-out loss above dense of each drawn arm, with the same seeds, by bytes per token."""
     from logit_cache.report.svg import Line, line_chart
 
-    finals = [r for r in results(run) if (r["epochs"], r["batch_windows"]) == (FINAL_EPOCHS, BATCH_WINDOWS)]
+    finals = [
+        r
+        for r in results(run)
+        if (r["epochs"], r["batch_windows"]) == (FINAL_EPOCHS, BATCH_WINDOWS) and not r.get("rate")
+    ]
     dense = {r["seed"]: r["loss"] for r in finals if r["arm"] == "dense"}
     lines = []
     for arm, (name, _) in DRAWN.items():
@@ -591,6 +608,7 @@ def _final_lines(finals: list[dict[str, Any]], budget: int, batch: int) -> list[
 
     epochs = finals[0]["epochs"]
     title = f"{budget} bytes per token, {epochs} passes, {batch * WINDOW:,} tokens to a step"
+    title += f", learning rate {finals[0]['rate']:g}" if finals[0].get("rate") else ""
     lines = ["", f"Finals at {title}; paired differences with their 95 % interval:", ""]
     lines += ["| arm | seeds | K | bytes per token | held-out loss | − dense | − bucket | KL to the teacher | ECE, % |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
@@ -621,10 +639,11 @@ def main() -> None:
     finals.add_argument("--without-controls", action="store_true")
     finals.add_argument("--batch-windows", type=int, default=BATCH_WINDOWS)
     finals.add_argument("--passes", type=int, default=FINAL_EPOCHS)
+    finals.add_argument("--learning-rate", type=float, help="by default larger by the root of the batch's size")
     finals.add_argument("--seeds", type=int, default=4)
     finals.add_argument("--budget", type=int, action="append", choices=BUDGETS)
     one = stages.add_parser("one")
-    one.add_argument("job", nargs=5)
+    one.add_argument("job", nargs=6)
     given = parser.parse_args()
     (given.run / "results").mkdir(parents=True, exist_ok=True)
     if given.stage == "prepare":
@@ -633,7 +652,9 @@ def main() -> None:
         run_jobs(given.run, screen_jobs(), given.workers)
     elif given.stage == "finals":
         arms = given.arm if given.without_controls else [*CONTROLS, *given.arm]
-        jobs = final_jobs(arms, given.seeds, given.budget or BUDGETS, given.batch_windows, given.passes)
+        jobs = final_jobs(
+            arms, given.seeds, given.budget or BUDGETS, given.batch_windows, given.passes, given.learning_rate
+        )
         run_jobs(given.run, jobs, given.workers)
     elif given.stage == "report":
         print(report(given.run))
@@ -641,8 +662,8 @@ def main() -> None:
             given.figure.parent.mkdir(parents=True, exist_ok=True)
             given.figure.write_text(figure(given.run), encoding="utf-8")
     else:
-        arm, seed, epochs, budget, batch = given.job
-        job = Job(arm, int(seed), int(epochs), int(budget) or None, int(batch))
+        arm, seed, epochs, budget, batch, rate = given.job
+        job = Job(arm, int(seed), int(epochs), int(budget) or None, int(batch), float(rate) or None)
         write_json(given.run / "results" / f"{job.name}.json", train(given.run, job))
 
 
