@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,10 @@ _KIND = "logit-cache training run"
 _STAGE = "publishing"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _STATE_FILE = "trainer_state.json"
+
+# Of what is committed to an entry a run may have thousands of ranges.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlist, _BRIEF.maxstring, _BRIEF.maxother = 4, 400, 400
 
 # Fields that runs and sweeps of earlier versions may have recorded, and that no command can name any more.
 _NOT_COMPARED = {f"{of}training.{name}" for of in ("", "job.") for name in RESERVED}
@@ -101,7 +106,7 @@ class OutputDirectory:
         """
         stored = self.recorded().get("identity", identity)
         differing = [
-            f"{name}: the run has {stored.get(name)!r}, this job {identity.get(name)!r}"
+            f"{name}: the run has {_BRIEF.repr(stored.get(name))}, this job {_BRIEF.repr(identity.get(name))}"
             for name in sorted(stored.keys() | identity.keys())
             if name not in _NOT_COMPARED and stored.get(name) != identity.get(name)
         ]
