@@ -7,7 +7,7 @@ positions are trained on; a window of length `n <= T` reads the positions `start
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -58,11 +58,18 @@ class Blocks:
         window_tokens: int,
         offset: Offset,
         seed: int,
+        committed: Iterable[Sequence[tuple[int, int]]] = (),
     ) -> Blocks:
-        """Windows over a stream of N positions; `document_starts` [D] where windows must not cross documents."""
+        """Windows over a stream of N positions; `document_starts` [D] where windows must not cross documents.
+
+        committed: by teacher, the ranges of positions that windows have to be `inside`.
+        """
         starts = np.zeros(1, dtype=np.int64) if document_starts is None else document_starts.astype(np.int64)
         labelled = np.diff(np.append(starts, positions)) - 1
-        return cls(starts, labelled.astype(np.int64), window_tokens, offset, seed)
+        blocks = cls(starts, labelled.astype(np.int64), window_tokens, offset, seed)
+        for ranges in committed:
+            blocks = blocks.inside(ranges)
+        return blocks
 
     def __len__(self) -> int:
         return int(self._first[-1]) if self.chosen is None else len(self.chosen)

@@ -167,16 +167,15 @@ class DistillationWindows(Dataset[Window]):
                 f"the corpus has {positions}: take a smaller window, or more text"
             )
         starts = self._cache().document_starts if self.isolate_documents else None
-        blocks = Blocks.of(positions, starts, self.window_tokens, offset, self.seed)
-        if not len(blocks):
+        committed = (self.available or {}).values()
+        blocks = Blocks.of(positions, starts, self.window_tokens, offset, self.seed, committed)
+        if not len(blocks.whole):
             raise InputError(
                 f"{self.cache_url}: every document has a single token, so no position has a next one to learn"
             )
-        for ranges in (self.available or {}).values():
-            blocks = blocks.inside(ranges)
         if not len(blocks):
             # Where something is committed, smaller windows may lie within it.
-            error = InputError if all((self.available or {}).values()) else IncompleteCache
+            error = InputError if all(committed) else IncompleteCache
             raise error(
                 f"{self.cache_url}: no window of {self.window_tokens} positions lies within what is committed of "
                 f"{' and '.join(self.available or {})}: wait for more shards, or take smaller windows"

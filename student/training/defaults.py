@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from storage import LogitCache
 from student.data.available import Available, available_now
@@ -114,18 +113,10 @@ def _window_tokens(job: StudentJob, available: Available) -> int:
     window = min(window, max(1, (total - 1) // step))
     # Windows at a random offset, and documents shorter than a window, leave fewer, or share some.
     # And so does what is not committed yet.
-    while window > 1 and _windows(_blocks(job, total, starts, window, available), job) < step:
+    committed = available.values()
+    while window > 1 and _windows(Blocks.of(total, starts, window, job.offset, job.seed, committed), job) < step:
         window = window * 15 // 16
     return window
-
-
-def _blocks(
-    job: StudentJob, positions: int, starts: NDArray[np.uint64] | None, window_tokens: int, available: Available
-) -> Blocks:
-    blocks = Blocks.of(positions, starts, window_tokens, job.offset, job.seed)
-    for ranges in available.values():
-        blocks = blocks.inside(ranges)
-    return blocks
 
 
 def _windows(blocks: Blocks, job: StudentJob) -> int:

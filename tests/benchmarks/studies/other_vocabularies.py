@@ -21,7 +21,6 @@ again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from steps import command, excerpt, interval, optimizer_of, results, run_all, write_json
+from steps import command, excerpt, interval, optimizer_of, results, run_all, study_parser, write_json
 
 # Of a vocabulary: ids, and how text is split before merging.
 VOCABULARIES = {"4k": (4_096, "gpt2"), "8k": (8_192, "qwen")}
@@ -191,6 +190,8 @@ class LiveTeacher:
 
 def train(run: Path, arm: str, vocabulary: str, seed: int) -> dict[str, Any]:
     """Train and evaluate one student; what its result file holds."""
+    import torch
+
     from student.data.batches import collate
     from student.data.windows import DistillationWindows, reading_order
     from student.loss.distillation import DistillationLoss
@@ -229,7 +230,7 @@ def train(run: Path, arm: str, vocabulary: str, seed: int) -> dict[str, Any]:
                 targets = {"targets": batch["targets"]} if names else {}
                 loss = student(batch["input_ids"], labels=batch["labels"], **targets).loss
             loss.backward()
-            _norm(student)
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -237,12 +238,6 @@ def train(run: Path, arm: str, vocabulary: str, seed: int) -> dict[str, Any]:
         "arm": arm, "student": vocabulary, "seed": seed, "steps": per_pass * PASSES,
         "seconds": time.monotonic() - began, "bits_per_byte": bits_per_byte(run, vocabulary, student),
     }  # fmt: skip
-
-
-def _norm(student: Any) -> None:
-    import torch
-
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
 
 
 def bits_per_byte(run: Path, vocabulary: str, model: Any) -> float:
@@ -298,13 +293,7 @@ def report(run: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
-    stages = parser.add_subparsers(dest="stage", required=True)
-    preparation = stages.add_parser("prepare")
-    preparation.add_argument("--text", nargs="+", required=True)
-    preparation.add_argument("--eval-text", nargs="+", required=True)
+    parser, stages = study_parser(__doc__)
     finals = stages.add_parser("finals")
     finals.add_argument("--arm", action="append", choices=ARMS)
     finals.add_argument("--student", action="append", choices=list(VOCABULARIES))

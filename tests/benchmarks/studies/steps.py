@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -111,3 +112,15 @@ def _said(path: Path) -> str:
 def results(run: Path) -> Iterator[dict[str, Any]]:
     for path in sorted((run / "results").glob("*.json")):
         yield json.loads(path.read_text())
+
+
+def study_parser(about: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """A parser with the stage that prepares a run, and what further stages are added to."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    preparation = stages.add_parser("prepare")
+    preparation.add_argument("--text", nargs="+", required=True)
+    preparation.add_argument("--eval-text", nargs="+", required=True)
+    return parser, stages

@@ -20,7 +20,6 @@ counts) is made here: no cache of ours holds such targets. Its bytes are those o
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import math
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steps import command, excerpt, interval, optimizer_of, positions, results, run_all, write_json
+from steps import command, excerpt, interval, optimizer_of, positions, results, run_all, study_parser, write_json
 
 VOCABULARY = 4_096
 WINDOW = 128
@@ -624,13 +623,7 @@ def _final_lines(finals: list[dict[str, Any]], budget: int, batch: int) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
-    stages = parser.add_subparsers(dest="stage", required=True)
-    preparation = stages.add_parser("prepare")
-    preparation.add_argument("--text", nargs="+", required=True)
-    preparation.add_argument("--eval-text", nargs="+", required=True)
+    parser, stages = study_parser(__doc__)
     stages.add_parser("screen")
     reported = stages.add_parser("report")
     reported.add_argument("--figure", type=Path)
