@@ -6,9 +6,12 @@ where Python finds another distribution's `storage`, since nothing works then.
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -49,7 +52,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         started_by_a_command = end_with_the_starter()
         try:
-            return super().invoke(ctx)
+            with _no_interrupt_is_lost():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):  # Abort: at a question
             # Nothing is in doubt any more: a second Ctrl-C does not wait for the end of threads and has no traceback.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -71,6 +75,29 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.epilog:
             write_lines(formatter, "Example", self.epilog)
+
+
+@contextlib.contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Raise a KeyboardInterrupt again that Python ignores, since it came inside a `__del__` or a hook of `os.fork`.
+
+    A DataLoader forks its worker processes: Ctrl-C at that moment would be printed and forgotten.
+    """
+    others = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.1, _thread.interrupt_main)  # raised here it would be ignored once more
+            again.daemon = True
+            again.start()
+        else:
+            others(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = others
 
 
 def interrupted(resumes: bool) -> str:

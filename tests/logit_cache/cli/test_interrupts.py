@@ -52,6 +52,25 @@ def test_the_last_line(resumes: bool, line: str, error: type[BaseException], mon
         del lifeline  # not closed: the watcher of this process would end it
 
 
+def test_an_interrupt_that_python_ignores_comes_again() -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    @cli_command.command("deleting", resumes=True)
+    def deleting() -> None:
+        Interrupted()
+        time.sleep(30)
+        print("went on")
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = CliRunner().invoke(deleting)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (done.exit_code, done.stderr, done.stdout) == (1, f"{KEPT}\n", "")
+
+
 WORKERS = ("cache-logits", "--cache", "cache", "--name", "a", "--workers", 2, *SMALL)
 LINES = {
     "starting": WORKERS,
