@@ -242,6 +242,7 @@ def projected_in_words(found: dict[str, Any], positions: int) -> list[str]:
     def share(part: int, whole: int) -> str:
         return f"{100 * part / whole:.1f} %" if whole else "none"
 
+    by_replies = found.get("aligned") == "replies"
     right = [
         f"{share(found[kind]['right'], found[kind]['positions'])} of the {found[kind]['positions']:,} {kind} ones"
         for kind in ("certain", "uncertain")
@@ -249,6 +250,7 @@ def projected_in_words(found: dict[str, Any], positions: int) -> list[str]:
     return [
         f"an entry (record {found['entry_sha256'][:16]}…) of a tokenizer of {counted(found['vocabulary_size'], 'id')} "
         f"(fingerprint {found['tokenizer_fingerprint'][:16]}…)",
+        *(["aligned by the replies of conversations; two chat templates wrote what stands between them"] * by_replies),
         f"shared boundaries: {share(found['shared_positions'], positions)} of the positions, "
         f"{share(found['shared_trained_positions'], found['trained_positions'])} of those that the loss counts",
         f"first tokens of the ids that follow are those of the text for {' and '.join(right)}",

@@ -1,13 +1,8 @@
 """Which position of the teacher's stream ends where a position of the student's does.
 
-Legend: `N` tokens of a stream, `D` documents.
+Legend: `N` tokens of a stream, `M` documents and replies.
 
-Both streams are read as one sequence of symbols: the bytes of the text, and a mark where a document begins. A token's
-key says how many symbols it and those before it spell, and whether it ends a document (eos), which spells none::
-
-    key = 2 * symbols + (1 where it is eos and does not begin its document)
-
-Keys ascend. Positions of equal keys have read the same text, so that the same may follow; where several tokens of a
+Positions of equal keys (see `symbols`) have read the same text, so that the same may follow; where several tokens of a
 stream have one key, the last one has read all of them. Keys lie in files, so memory does not grow with the streams.
 """
 
@@ -15,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,81 +18,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.projection.spelling import Spelling
+from logit_cache.projection.symbols import BLOCK_TOKENS, DOCUMENT, REPLY, Documents, Replies, Symbols
 from storage.cache.reader import LogitCache
 from storage.errors import InputError, StorageFull, is_out_of_space
 
-_BLOCK_TOKENS = 1 << 18
-_DOCUMENT = 256  # the symbol of its beginning
 _SHOWN = 24  # bytes around a difference
 NOWHERE = -1
-
-
-@dataclass(frozen=True)
-class Side:
-    """A stream and its spelling. strip: leave out the spaces at the beginning of each document."""
-
-    cache: LogitCache
-    spelling: Spelling
-    strip: bool
-
-    @property
-    def positions(self) -> int:
-        return self.cache.record.corpus.positions
-
-    def blocks(self) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
-        """The symbols and the keys of some tokens at a time, in order."""
-        starts = self.cache.document_starts.astype(np.int64)
-        symbols, begun = 0, NOWHERE  # so far; the last document whose text has begun
-        for start in range(0, self.positions, _BLOCK_TOKENS):
-            tokens = self.cache.tokens.read(start, min(start + _BLOCK_TOKENS, self.positions)).astype(np.int64)
-            document = np.searchsorted(starts, np.arange(start, start + len(tokens)), side="right") - 1
-            begins = starts[document] == np.arange(start, start + len(tokens))
-            spelled, lengths, begun = self._spelled(tokens, document, begun)
-            counts = lengths + begins
-            ends = symbols + counts.cumsum()
-            found = np.full(int(counts.sum()), _DOCUMENT, dtype=np.uint16)
-            inside = np.ones(len(found), dtype=bool)
-            inside[(ends - counts - symbols)[begins]] = False
-            found[inside] = spelled
-            yield found, 2 * ends + (self._ends_document(tokens) & ~begins)
-            symbols += len(found)
-
-    def _ends_document(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = tokens == (-1 if self.spelling.eos is None else self.spelling.eos)
-        return found
-
-    def _spelled(
-        self, tokens: NDArray[np.int64], document: NDArray[np.int64], begun: int
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], int]:
-        """The bytes of some tokens, how many each spells, and the last document whose text has begun by then."""
-        lengths, offsets = self.spelling.lengths[tokens], self.spelling.offsets[tokens]
-        if self.strip:
-            numbers, index = document - document[0], np.arange(len(tokens))
-            blanks = self.spelling.blanks[tokens]
-            text = np.flatnonzero(lengths > blanks)
-            with_text, first = np.unique(numbers[text], return_index=True)
-            begins = np.full(int(numbers[-1]) + 1, len(tokens))  # where the text of each document does
-            begins[with_text] = text[first]
-            if document[0] == begun:
-                begins[0] = NOWHERE
-            begun = int(document[-1]) if begins[-1] < len(tokens) else begun
-            cut = np.where(index < begins[numbers], lengths, np.where(index == begins[numbers], blanks, 0))
-            lengths, offsets = lengths - cut, offsets + cut
-        at = np.repeat(offsets - (lengths.cumsum() - lengths), lengths) + np.arange(int(lengths.sum()))
-        return self.spelling.flat[at], lengths, begun
 
 
 @dataclass
 class Alignment:
     """The keys of both streams, int64 [N] each, in files without names.
 
-    unlike_starts: int64 [D], symbols before each document, where the streams do not put the same spaces before a text,
-    so that what follows there is not spelled alike; None where they do.
+    unlike_starts: int64 [M], symbols before each document and reply, where the streams do not put the same spaces
+    before its text, so that what follows there is not spelled alike; None where they do. replies: whether these are
+    aligned, and nothing else; turn_ends: then, of both streams, how many replies each id ends that is no text.
     """
 
     teacher: NDArray[np.int64]
     student: NDArray[np.int64]
     unlike_starts: NDArray[np.int64] | None
+    replies: bool
+    turn_ends: tuple[Mapping[int, int], Mapping[int, int]]
 
     def rows(self, start: int, stop: int) -> NDArray[np.int64]:
         """The teacher's position for each of the student's `start .. stop`; `NOWHERE` where no boundary is shared, and
@@ -110,24 +52,47 @@ class Alignment:
         theirs = np.append(np.asarray(self.teacher[low : high + 1]), NOWHERE)
         found = np.searchsorted(theirs[: high - low], keys, side="right") - 1
         shared = (found >= 0) & (theirs[found.clip(0)] == keys) & (after != keys)
-        shared &= (theirs[found.clip(0) + 1] & 1) == (after & 1)
+        if self.replies:
+            shared &= (keys & 1) == 0  # both are trained there, so the same reply goes on, or ends
+        else:
+            shared &= (theirs[found.clip(0) + 1] & 1) == (after & 1)
         if self.unlike_starts is not None:
             symbols = keys >> 1
-            at = np.searchsorted(self.unlike_starts, symbols).clip(max=len(self.unlike_starts) - 1)
-            before = np.searchsorted(self.unlike_starts, symbols - 1).clip(max=len(self.unlike_starts) - 1)
-            shared &= (self.unlike_starts[at] != symbols) & (self.unlike_starts[before] != symbols - 1)
+            # Behind a mark, and before one: but at the end of a reply its marker follows.
+            for place in (symbols - 1,) if self.replies else (symbols - 1, symbols):
+                at = np.searchsorted(self.unlike_starts, place).clip(max=len(self.unlike_starts) - 1)
+                shared &= self.unlike_starts[at] != place
         return np.where(shared, low + found, NOWHERE)
 
 
 def align(
     teacher: LogitCache, student: LogitCache, spellings: tuple[Spelling, Spelling], advance: Callable[[int], None]
 ) -> Alignment:
-    """Raises InputError where the texts, or the order of their documents, differ, naming the first byte that does."""
-    unlike = spellings[0].beginning != spellings[1].beginning
-    sides = [Side(c, s, unlike) for c, s in zip((teacher, student), spellings, strict=True)]
-    keys = [_on_disk(side.positions) for side in sides]
-    starts = _compared(sides, keys, advance)
-    return Alignment(keys[0], keys[1], starts if unlike else None)
+    """Raises InputError where the texts, or the order of their documents, differ, naming the first byte that does.
+
+    Of conversations that two chat templates rendered, the replies are the text: markers and preambles differ.
+    """
+    both = list(zip((teacher, student), spellings, strict=True))
+    keys = [_on_disk(cache.record.corpus.positions) for cache, _ in both]
+    if _other_templates(teacher, student):
+        replies = [Replies(cache, spelling) for cache, spelling in both]
+        starts, marks = _compared(replies, keys, advance)
+        one, other = (np.concatenate(each.blanks) for each in replies)
+        unlike = starts[marks == REPLY][one != other]
+        ends = replies[0].turn_ends, replies[1].turn_ends
+        return Alignment(keys[0], keys[1], unlike if len(unlike) else None, True, ends)
+    strip = spellings[0].beginning != spellings[1].beginning
+    starts, _ = _compared([Documents(cache, spelling, strip) for cache, spelling in both], keys, advance)
+    return Alignment(keys[0], keys[1], starts if strip else None, False, ({}, {}))
+
+
+def _other_templates(teacher: LogitCache, student: LogitCache) -> bool:
+    """Whether both streams are conversations, and not rendered alike."""
+    one, other = teacher.record.corpus, student.record.corpus
+    rendered = one.template_sha256 is not None and other.template_sha256 is not None
+    return rendered and any(
+        getattr(one, name) != getattr(other, name) for name in ("template_sha256", "template_variables", "date")
+    )
 
 
 def _on_disk(size: int) -> NDArray[np.int64]:
@@ -151,13 +116,15 @@ def _on_disk(size: int) -> NDArray[np.int64]:
         return np.memmap(file, dtype=np.int64, mode="r+", shape=(size,))
 
 
-def _compared(sides: list[Side], keys: list[Any], advance: Callable[[int], None]) -> NDArray[np.int64]:
-    """Write the keys of both streams, and return the symbols before each document."""
+def _compared(
+    sides: Sequence[Symbols], keys: list[Any], advance: Callable[[int], None]
+) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+    """Write the keys of both streams; returns the symbols before each mark, and which mark it is."""
     streams = [side.blocks() for side in sides]
     left = [np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.uint16)]  # of each, what was not compared yet
     written, done = [0, 0], [False, False]
     symbols, before = 0, left[0]
-    starts: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    starts, marks = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint16)]
     while not all(done):
         behind = int(done[0]) if any(done) else int(len(left[0]) > len(left[1]))
         block = next(streams[behind], None)
@@ -172,39 +139,49 @@ def _compared(sides: list[Side], keys: list[Any], advance: Callable[[int], None]
         differing = np.flatnonzero(left[0][:both] != left[1][:both])
         ended = any(done[i] and len(left[i]) == both < len(left[1 - i]) for i in (0, 1))
         same = left[0][: int(differing[0]) if len(differing) else both]
-        starts.append(symbols + np.flatnonzero(same == _DOCUMENT))
+        starts.append(symbols + np.flatnonzero(same >= DOCUMENT))
+        marks.append(same[same >= DOCUMENT])
         if len(differing) or ended:
             rest = [each[len(same) : len(same) + _SHOWN] for each in left]
             before = np.concatenate([before, same])[-_SHOWN:]
-            raise InputError(_difference(sides, before, rest, np.concatenate(starts), symbols + len(same)))
+            place = _place(np.concatenate(starts), np.concatenate(marks), symbols + len(same))
+            raise InputError(_difference(sides, before, rest, place))
         symbols += both
         before = np.concatenate([before, same])[-_SHOWN:]
         left = [each[both:] for each in left]
-    return np.concatenate(starts)
+    return np.concatenate(starts), np.concatenate(marks)
+
+
+def _place(starts: NDArray[np.int64], marks: NDArray[np.uint16], symbols: int) -> str:
+    """In words: where so many symbols end, of which some are marks."""
+    byte = symbols - int(starts[-1]) - 1 if len(starts) else 0
+    documents = np.flatnonzero(marks == DOCUMENT)
+    place = f"document {max(len(documents) - 1, 0):,}"
+    reply = len(marks) - 1 - int(documents[-1]) if len(documents) else 0
+    return f"byte {byte:,} of " + (f"reply {reply - 1:,} of {place}" if reply else place)
 
 
 def _difference(
-    sides: list[Side],
-    before: NDArray[np.uint16],
-    rest: list[NDArray[np.uint16]],
-    starts: NDArray[np.int64],
-    symbols: int,
+    sides: Sequence[Symbols], before: NDArray[np.uint16], rest: list[NDArray[np.uint16]], place: str
 ) -> str:
-    """The first byte at which two streams differ, after so many symbols."""
-    byte = symbols - int(starts[-1]) - 1 if len(starts) else 0
+    """The first byte at which two streams differ."""
     one, other = (_text(each) or "the end" for each in rest)
+    what = "replies" if isinstance(sides[0], Replies) else "texts"
     return (
-        f"{sides[0].cache.url} and {sides[1].cache.url} have other texts: they differ first at byte {byte:,} of "
-        f"document {max(len(starts) - 1, 0):,}, after {_text(before)!r}: {one!r} and {other!r}. An entry can be "
+        f"{sides[0].cache.url} and {sides[1].cache.url} have other {what}: they differ "
+        f"first at {place}, after {_text(before)!r}: {one!r} and {other!r}. An entry can be "
         f"projected into a cache of the same documents in the same order, by tokenizers that keep their bytes (one "
         f"that normalises, to lower case or by NFKC, changes them)"
     )
 
 
 def _text(symbols: NDArray[np.uint16]) -> str:
-    parts = np.split(symbols, np.flatnonzero(symbols == _DOCUMENT))
-    texts = [part[part < _DOCUMENT].astype(np.uint8).tobytes().decode(errors="backslashreplace") for part in parts]
-    return "⟨next document⟩".join(texts)
+    parts = np.split(symbols, np.flatnonzero(symbols >= DOCUMENT))
+    said = []
+    for part in parts:
+        mark = {DOCUMENT: "⟨next document⟩", REPLY: "⟨reply⟩"}.get(int(part[0]), "") if len(part) else ""
+        said.append(mark + part[part < DOCUMENT].astype(np.uint8).tobytes().decode(errors="backslashreplace"))
+    return "".join(said)
 
 
 def agreement(
@@ -218,8 +195,8 @@ def agreement(
     how many there are and at how many its first token is the student's next one."""
     found = np.zeros((2, 2), dtype=np.int64)
     total = student.record.corpus.positions
-    for start in range(0, total - 1, _BLOCK_TOKENS):
-        stop = min(start + _BLOCK_TOKENS, total - 1)
+    for start in range(0, total - 1, BLOCK_TOKENS):
+        stop = min(start + BLOCK_TOKENS, total - 1)
         at = alignment.rows(start, stop)
         here = (at != NOWHERE) & (at < teacher.record.corpus.positions - 1)
         if not here.any():

@@ -11,6 +11,7 @@ bytes are no whole UTF-8. Between equal tokenizers every id is its own first tok
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,19 @@ class FirstTokens:
 
     ids: NDArray[np.int64]
     uncertain: NDArray[np.bool_]
+
+    def with_turn_ends(self, teacher: Mapping[int, int], student: Mapping[int, int]) -> FirstTokens:
+        """The same, but the markers that end the teacher's replies are the one that ends most of the student's.
+
+        Given how many replies each id ends. All but the most frequent one of the teacher's are uncertain.
+        """
+        if not teacher or not student:
+            return self
+        ids, uncertain, some = self.ids.copy(), self.uncertain.copy(), list(teacher)
+        ids[some] = max(student, key=lambda id: student[id])
+        uncertain[some] = True
+        uncertain[max(teacher, key=lambda id: teacher[id])] = False
+        return FirstTokens(ids, uncertain)
 
 
 def first_tokens(teacher: Spelling, student: Spelling) -> FirstTokens:

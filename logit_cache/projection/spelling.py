@@ -80,6 +80,13 @@ class Spelling:
         ids = (token for token in range(self.size) if self._bytes.is_added(token) and self.lengths[token])
         return {self[token]: token for token in ids}
 
+    @cached_property
+    def is_marker(self) -> NDArray[np.bool_]:
+        """bool [V]: added tokens, bos and eos, which stand between the turns of conversations."""
+        found = np.zeros(self.size, dtype=bool)
+        found[[*self.added.values(), *(id for id in (self.bos, self.eos) if id is not None)]] = True
+        return found
+
     def first(self, texts: Sequence[bytes]) -> NDArray[np.int64]:
         """The first id of each text that is read on from a boundary, with nothing put before it; -1 where it has none.
 

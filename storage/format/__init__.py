@@ -133,7 +133,8 @@ log-prob in the files has a bound, `error_nats`, it adds to the errors above.
 **Projected entries.** An entry that was made from one in another vocabulary (`made` is "projected") has
 `projected_from`: the digests of that entry's record, of its stream and its tokenizer, how many positions of both
 streams end at the same byte, and how far the first token of an id's bytes is uncertain. Rows stand at such positions
-alone. Certain ids are sums over ids of the source that were certain there, lower bounds of their probabilities; the
+alone; where `aligned` is "replies", two chat templates rendered the same conversations, and positions are those of the
+replies. Certain ids are sums over ids of the source that were certain there, lower bounds of their probabilities; the
 rest is in the mass outside. Sampled ids may repeat, and may be certain ids, too: weights add up. `windowing` is that of
 the source, in its own tokens.
 

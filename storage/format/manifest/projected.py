@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from storage.format.manifest.shared import Count, Positive, Sha256
+from storage.format.manifest.shared import ADDED, Count, Positive, Sha256
 from storage.format.sealing import Record
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -33,7 +33,8 @@ class ProjectedFrom(Record):
     `trained_positions` those that the loss mask trains, `shared_trained_positions` both. `certain`, `uncertain`: how
     the first tokens of ids whose first token is certain, or not, agree with the text. `uncertain_mass`: the mean mass
     of ids whose first token is uncertain, over `sampled_positions`; a row in which that of the certain ids exceeds
-    `most_uncertain` has no targets.
+    `most_uncertain` has no targets. `aligned`: "replies" where the replies of conversations are the same text and what
+    stands between them is not, as two chat templates rendered them; else None.
     """
 
     entry_sha256: Sha256
@@ -49,3 +50,4 @@ class ProjectedFrom(Record):
     uncertain_mass: Share
     sampled_positions: Count
     most_uncertain: Share
+    aligned: Literal["replies"] | None = ADDED
