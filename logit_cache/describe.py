@@ -242,7 +242,7 @@ def projected_in_words(found: dict[str, Any], positions: int) -> list[str]:
     def share(part: int, whole: int) -> str:
         return f"{100 * part / whole:.1f} %" if whole else "none"
 
-    by_replies = found.get("aligned") == "replies"
+    by_replies, gap = found.get("aligned") == "replies", found.get("outside_mass")
     right = [
         f"{share(found[kind]['right'], found[kind]['positions'])} of the {found[kind]['positions']:,} {kind} ones"
         for kind in ("certain", "uncertain")
@@ -256,6 +256,11 @@ def projected_in_words(found: dict[str, Any], positions: int) -> list[str]:
         f"first tokens of the ids that follow are those of the text for {' and '.join(right)}",
         f"mass of ids whose first token is uncertain: {found['uncertain_mass']:.4f} on average over "
         f"{counted(found['sampled_positions'], 'row')}; rows with more than {found['most_uncertain']:g} are left out",
+        *(
+            []
+            if gap is None
+            else [f"probabilities are lower bounds: those of a row lack {gap:.4f} at most, on average"]
+        ),
     ]
 
 

@@ -151,12 +151,15 @@ def _survey(teacher: LogitCache, student: LogitCache, rows: SourceRows) -> Proje
         shared, trained, both = shared + int(here.sum()), trained + int(mask.sum()), both + int((here & mask).sum())
     agrees = agreement(rows.alignment, teacher, student, rows.first.ids, rows.first.uncertain)
     certain, uncertain = (NextTokens(positions=int(all_), right=int(right)) for all_, right in agrees)
-    masses = [np.empty(0)]
+    masses, outside = [np.empty(0)], [np.empty(0)]
+    bounds = rows.source.entry.targets.method == "top-k"  # of certain ids; those that are sampled are unbiased
     for start in range(0, total, max(_SPAN_POSITIONS, total // _SURVEYED_SPANS)):
         for _, at in rows.pieces(start, min(start + _SPAN_POSITIONS, total)):
             found = rows.project(at)
             masses.append(found.uncertain[found.kept > 0])
-    surveyed = np.concatenate(masses)
+            if bounds and found.log_tail is not None:
+                outside.append(np.exp(found.log_tail[found.kept > 0]))
+    surveyed, lacking = np.concatenate(masses), np.concatenate(outside)
     record = teacher.record
     return ProjectedFrom(
         entry_sha256=rows.source.record_sha256,
@@ -169,8 +172,13 @@ def _survey(teacher: LogitCache, student: LogitCache, rows: SourceRows) -> Proje
         shared_trained_positions=both,
         certain=certain,
         uncertain=uncertain,
-        uncertain_mass=round(float(surveyed.mean().clip(0, 1)), 6) if len(surveyed) else 0.0,
+        uncertain_mass=_mean_mass(surveyed) or 0.0,
+        outside_mass=_mean_mass(lacking),
         sampled_positions=len(surveyed),
         most_uncertain=rows.most_uncertain,
         aligned="replies" if rows.alignment.replies else None,
     )
+
+
+def _mean_mass(masses: NDArray[np.float64]) -> float | None:
+    return round(float(masses.mean().clip(0, 1)), 6) if len(masses) else None

@@ -34,7 +34,8 @@ class ProjectedFrom(Record):
     the first tokens of ids whose first token is certain, or not, agree with the text. `uncertain_mass`: the mean mass
     of ids whose first token is uncertain, over `sampled_positions`; a row in which that of the certain ids exceeds
     `most_uncertain` has no targets. `aligned`: "replies" where the replies of conversations are the same text and what
-    stands between them is not, as two chat templates rendered them; else None.
+    stands between them is not, as two chat templates rendered them; else None. `outside_mass`: where no id was sampled
+    and the mass outside is known, its mean over `sampled_positions`: what the certain ids, all together, may lack.
     """
 
     entry_sha256: Sha256
@@ -51,3 +52,4 @@ class ProjectedFrom(Record):
     sampled_positions: Count
     most_uncertain: Share
     aligned: Literal["replies"] | None = ADDED
+    outside_mass: Share | None = ADDED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,13 @@ def test_what_it_is_is_shown_and_checked(world: Path, caches: Caches) -> None:
     assert "shared boundaries: " in shown
     assert "forward KL with tail sampled, at temperature 1\n" in shown
     assert json.loads(succeeded(in_process("logit-cache", "inspect", to, "--at", "5", "--json")).stdout)
+    assert "lower bounds" not in said
+    assert LogitCache.open(str(to)).teacher("drawn").entry.projected_from.outside_mass is None
+    bounds = succeeded(project(world / "gpt2", to)).stdout
+    rows = LogitCache.open(str(to)).teacher("exact").read(0, LogitCache.open(str(to)).record.corpus.positions)
+    outside = np.exp(rows.log_tail[rows.kept > 0]).mean()
+    lack = float(re.findall(r"those of a row lack (0\.\d+) at most", bounds)[0])
+    np.testing.assert_allclose(lack, outside, rtol=0.1)  # of all rows, also those that are left out
     smaller = in_process("logit-cache", "recompress", to, "--name", "drawn", "--to", "small", "-k", 6)
     succeeded(smaller)
     succeeded(in_process("logit-cache", "verify", to))
