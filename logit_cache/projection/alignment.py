@@ -89,7 +89,7 @@ def align(
 def _other_templates(teacher: LogitCache, student: LogitCache) -> bool:
     """Whether both streams are conversations, and not rendered alike."""
     one, other = teacher.record.corpus, student.record.corpus
-    rendered = one.template_sha256 is not None and other.template_sha256 is not None
+    rendered = all(each.has_loss_mask and each.template_sha256 is not None for each in (one, other))
     return rendered and any(
         getattr(one, name) != getattr(other, name) for name in ("template_sha256", "template_variables", "date")
     )
