@@ -40,6 +40,7 @@ LEARNING_RATE = 2e-3  # of steps of `BATCH_WINDOWS`; of larger ones by the squar
 TEACHER_MODEL, TEACHER_STEPS, TEACHER_BATCH = "llama-mini", 1_500, 16
 STUDENT_MODEL = "llama-tiny"
 STUDENT_TOKENS, EVAL_TOKENS, PILOT_TOKENS = 250_000, 64_000, 16_000
+ONCE_TOKENS = 2_900_000  # of the stream that is read once: as many as 12 passes over the students'
 BUDGETS = (48, 96)
 FINAL_EPOCHS = 3
 PILOT_K = (12, 24, 40, 56)
@@ -129,6 +130,7 @@ class Job:
     budget: int | None
     batch_windows: int = BATCH_WINDOWS
     rate: float | None = None  # by default as `LEARNING_RATE` says
+    stream: str = "student"
 
     @property
     def learning_rate(self) -> float:
@@ -139,6 +141,7 @@ class Job:
         at = "" if self.budget is None else f"-{self.budget}B"
         batch = "" if self.batch_windows == BATCH_WINDOWS else f"-batch{self.batch_windows}"
         batch += "" if self.rate is None else f"-rate{self.rate:g}"
+        batch += "" if self.stream == "student" else f"-{self.stream}"
         return f"{self.arm}{at}-{self.epochs}x{batch}-seed{self.seed}"
 
 
@@ -165,12 +168,12 @@ def entry_name(stored: str, k: int, seed: int) -> str:
     return f"{stored}-{k}" if stored == "topk" else f"{stored}-{k}-seed{seed}"
 
 
-def ensure_entry(run: Path, stored: str, k: int, seed: int, threads: int) -> str:
+def ensure_entry(run: Path, stream: str, stored: str, k: int, seed: int, threads: int) -> str:
     name = entry_name(stored, k, seed)
-    with (run / f"{name}.lock").open("w") as lock:
+    with (run / f"{stream}-{name}.lock").open("w") as lock:
         # Two workers on one entry would do no harm, and the work twice.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        cache(run, "student", name, k, *entry_options(stored, k, seed), threads=threads)
+        cache(run, stream, name, k, *entry_options(stored, k, seed), threads=threads)
     return name
 
 
@@ -188,6 +191,7 @@ def prepare(run: Path, text: Sequence[str], eval_text: Sequence[str]) -> None:
     total = positions(run / "all")
     make_stream(run, "student", text, STUDENT_TOKENS, total)
     make_stream(run, "pilot", text, PILOT_TOKENS, total)
+    make_stream(run, "once", text, ONCE_TOKENS, total)
     # The held-out files are split off by line, so that their share of bytes is their share of tokens.
     size = sum(Path(name).stat().st_size for name in text), sum(Path(name).stat().st_size for name in eval_text)
     make_stream(run, "valid", eval_text, EVAL_TOKENS, total * size[1] // size[0])
@@ -328,14 +332,16 @@ def train(run: Path, job: Job) -> dict[str, Any]:
         for number in range(job.epochs if arm.fresh else 1):
             # Other seeds of draws are those of other students, so that no entry is made for one arm alone.
             seed = 1 + (job.seed + number - 1) % 4 if job.seed else 0
-            names.append(ensure_entry(run, arm.stored, k, seed, threads=1))
-        stored_bytes = bytes_per_token(run, "student", names[0])
+            names.append(ensure_entry(run, job.stream, arm.stored, k, seed, threads=1))
+        stored_bytes = bytes_per_token(run, job.stream, names[0])
     elif arm.stored == "rskd":
-        rskd = rskd_targets(run, "student", k, job.seed)
+        rskd = rskd_targets(run, job.stream, k, job.seed)
         stored_bytes = rskd_bytes(*rskd)
-    dense = dense_targets(run) if arm.stored == "live" else None
+    # Of a long stream there is no room for whole distributions: the teacher reads each batch, in the same windows.
+    teacher = load_teacher(run) if arm.stored == "live" and job.stream != "student" else None
+    dense = dense_targets(run) if arm.stored == "live" and teacher is None else None
 
-    url = str(run / "student")
+    url = str(run / job.stream)
     per_epoch = [
         DistillationWindows(url, names[n : n + 1], WINDOW, "fixed", job.seed) for n in range(max(1, len(names)))
     ]
@@ -369,7 +375,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
             chosen = indices[step * job.batch_windows : (step + 1) * job.batch_windows]
             batch = collate(some.__getitems__(chosen))
             control = None
-            if dense is None and rskd is None:
+            if arm.stored not in ("live", "rskd"):
                 found = student(batch["input_ids"], labels=batch["labels"], targets=batch["targets"])
                 value, control = found.loss, found.control
             else:
@@ -378,7 +384,11 @@ def train(run: Path, job: Job) -> dict[str, Any]:
                 rows = rows_of(
                     [some.blocks.span(index % len(some), epoch) for index in chosen], some.record.corpus.positions
                 )
-                if dense is not None:
+                if teacher is not None:
+                    with torch.no_grad():
+                        theirs = teacher(batch["input_ids"], use_cache=False).logits[..., :VOCABULARY].flatten(0, 1)
+                    value = dense_loss(logits, labels, theirs.log_softmax(1), arm.alpha)
+                elif dense is not None:
                     value = dense_loss(logits, labels, torch.from_numpy(dense[rows]), arm.alpha)
                 else:
                     value = rskd_loss(logits, labels, rows, rskd, arm.alpha)
@@ -399,6 +409,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
         "budget": job.budget,
         "batch_windows": job.batch_windows,
         "rate": job.rate,
+        "stream": job.stream,
         "k": k,
         "bytes_per_token": stored_bytes,
         "steps": steps,
@@ -469,7 +480,10 @@ def budgeted(arm: str, budget: int) -> int | None:
 
 def run_jobs(run: Path, jobs: Sequence[Job], workers: int) -> None:
     arguments = {
-        job.name: [*map(str, (job.arm, job.seed, job.epochs, job.budget or 0, job.batch_windows, job.rate or 0))]
+        job.name: [
+            *map(str, (job.arm, job.seed, job.epochs, job.budget or 0, job.batch_windows, job.rate or 0)),
+            job.stream,
+        ]
         for job in jobs
     }
     run_all(run, Path(__file__), arguments, workers)
@@ -486,10 +500,11 @@ def final_jobs(
     batch_windows: int,
     passes: int = FINAL_EPOCHS,
     rate: float | None = None,
+    stream: str = "student",
 ) -> list[Job]:
     """Seed by seed, so that whatever is finished is paired."""
     return [
-        Job(arm, seed, passes, budgeted(arm, budget), batch_windows, rate)
+        Job(arm, seed, passes, budgeted(arm, budget), batch_windows, rate, stream)
         for budget in budgets
         for seed in range(1, seeds + 1)
         for arm in arms
@@ -517,13 +532,13 @@ def report(run: Path) -> str:
                 f"{100 * result['ece']:.2f} |"
             )
     finals = [result for result in found if result["seed"] > 0]
-    kind: Callable[[dict[str, Any]], tuple[int, int, float]] = lambda r: (  # noqa: E731
-        r["batch_windows"], r["epochs"], r.get("rate") or 0
+    kind: Callable[[dict[str, Any]], tuple[int, int, float, str]] = lambda r: (  # noqa: E731
+        r["batch_windows"], r["epochs"], r.get("rate") or 0, r.get("stream", "student")
     )  # fmt: skip
-    for batch, passes, rate in sorted({kind(result) for result in finals}):
-        of_these = [r for r in finals if kind(r) == (batch, passes, rate)]
+    for one in sorted({kind(result) for result in finals}):
+        of_these = [r for r in finals if kind(r) == one]
         for budget in BUDGETS:
-            lines += _final_lines([r for r in of_these if r["budget"] in (None, budget)], budget, batch)
+            lines += _final_lines([r for r in of_these if r["budget"] in (None, budget)], budget, one[0])
     return "\n".join(lines)
 
 
@@ -548,7 +563,7 @@ def figure(run: Path) -> str:
     finals = [
         r
         for r in results(run)
-        if (r["epochs"], r["batch_windows"]) == (FINAL_EPOCHS, BATCH_WINDOWS) and not r.get("rate")
+        if (r["epochs"], r["batch_windows"], r.get("rate")) == (FINAL_EPOCHS, BATCH_WINDOWS, None)
     ]
     dense = {r["seed"]: r["loss"] for r in finals if r["arm"] == "dense"}
     lines = []
@@ -608,6 +623,7 @@ def _final_lines(finals: list[dict[str, Any]], budget: int, batch: int) -> list[
     epochs = finals[0]["epochs"]
     title = f"{budget} bytes per token, {epochs} passes, {batch * WINDOW:,} tokens to a step"
     title += f", learning rate {finals[0]['rate']:g}" if finals[0].get("rate") else ""
+    title += f", of the stream {finals[0]['stream']}" if finals[0].get("stream", "student") != "student" else ""
     lines = ["", f"Finals at {title}; paired differences with their 95 % interval:", ""]
     lines += ["| arm | seeds | K | bytes per token | held-out loss | − dense | − bucket | KL to the teacher | ECE, % |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
@@ -633,10 +649,11 @@ def main() -> None:
     finals.add_argument("--batch-windows", type=int, default=BATCH_WINDOWS)
     finals.add_argument("--passes", type=int, default=FINAL_EPOCHS)
     finals.add_argument("--learning-rate", type=float, help="by default larger by the root of the batch's size")
+    finals.add_argument("--stream", choices=("student", "once"), default="student")
     finals.add_argument("--seeds", type=int, default=4)
     finals.add_argument("--budget", type=int, action="append", choices=BUDGETS)
     one = stages.add_parser("one")
-    one.add_argument("job", nargs=6)
+    one.add_argument("job", nargs=7)
     given = parser.parse_args()
     (given.run / "results").mkdir(parents=True, exist_ok=True)
     if given.stage == "prepare":
@@ -646,8 +663,9 @@ def main() -> None:
     elif given.stage == "finals":
         arms = given.arm if given.without_controls else [*CONTROLS, *given.arm]
         jobs = final_jobs(
-            arms, given.seeds, given.budget or BUDGETS, given.batch_windows, given.passes, given.learning_rate
-        )
+            arms, given.seeds, given.budget or BUDGETS, given.batch_windows, given.passes, given.learning_rate,
+            given.stream,
+        )  # fmt: skip
         run_jobs(given.run, jobs, given.workers)
     elif given.stage == "report":
         print(report(given.run))
@@ -655,8 +673,8 @@ def main() -> None:
             given.figure.parent.mkdir(parents=True, exist_ok=True)
             given.figure.write_text(figure(given.run), encoding="utf-8")
     else:
-        arm, seed, epochs, budget, batch, rate = given.job
-        job = Job(arm, int(seed), int(epochs), int(budget) or None, int(batch), float(rate) or None)
+        arm, seed, epochs, budget, batch, rate, stream = given.job
+        job = Job(arm, int(seed), int(epochs), int(budget) or None, int(batch), float(rate) or None, stream)
         write_json(given.run / "results" / f"{job.name}.json", train(given.run, job))
 
 
