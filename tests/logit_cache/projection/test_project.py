@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.caches.copies import push
 from support.caches.projection import DOCUMENTS, write_cache, write_entries
 from support.caches.small import entry_2, make_corpus, make_entry, make_entry_2, random_sample, write_entry
 from support.commands import in_process, refused, succeeded
@@ -22,7 +23,7 @@ from storage.errors import FormatError
 Caches = Callable[[str], Path]
 
 
-def project(source: Path, to: Path, *flags: object, name: str = "exact"):  # type: ignore[no-untyped-def]
+def project(source: Path | str, to: Path | str, *flags: object, name: str = "exact"):  # type: ignore[no-untyped-def]
     return in_process("logit-cache", "project", source, "--name", name, "--to", to, *flags)
 
 
@@ -92,6 +93,13 @@ def test_a_killed_job_resumes_and_shards_do_not_matter(
     one, other = (cache.teacher(each).read(0, n).arrays() for each in ("drawn", "whole"))
     assert all(np.array_equal(one[name], other[name], equal_nan=one[name].dtype.kind == "f") for name in one)
     refused(project(world / "gpt2", to, *flags, "--most-uncertain", 0.1, name="drawn"), "most_uncertain")
+    # From one store to another it is the same.
+    stores = [f"memory://{tmp_path.name}/{kind}" for kind in ("gpt2", "llama3")]
+    for kind, store in zip(("gpt2", "llama3"), stores, strict=True):
+        push(world / kind, store)
+    succeeded(project(*stores, *flags, name="drawn"))
+    third = LogitCache.open(stores[1]).teacher("drawn").read(0, n).arrays()
+    assert all(np.array_equal(one[name], third[name], equal_nan=one[name].dtype.kind == "f") for name in one)
 
 
 def test_what_it_is_is_shown_and_checked(world: Path, caches: Caches) -> None:
