@@ -80,7 +80,10 @@ LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("when", ["starting", "at work", pytest.param("training", marks=pytest.mark.slow)])
+SLOWLY = [pytest.param(when, marks=pytest.mark.slow) for when in ("starting", "training")]
+
+
+@pytest.mark.parametrize("when", ["at work", *SLOWLY])
 def test_control_c_ends_every_process(when: str, small_cache: Path, slow_teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(small_cache, tmp_path / "cache")
     words = command(*LINES[when], *(() if when == "training" else ("--teacher", slow_teacher)))

@@ -49,6 +49,7 @@ def check(cache: Path, alone: dict[str, bytes]) -> None:
     assert contents(cache) == alone
 
 
+@pytest.mark.slow
 def test_two_workers_and_one_of_them_killed(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
     secrets = {"HF_TOKEN": "hf_a_secret", "AWS_SECRET_ACCESS_KEY": "another_secret"}
     job = start(cache, slow_teacher, "--workers", 2, "--json", **secrets)

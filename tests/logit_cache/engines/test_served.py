@@ -335,6 +335,7 @@ def _check_whole(cache: Path, teacher: Path) -> None:
     same_targets(whole(cache, "a")[1], cache_logits(cache, "l", teacher, **FIELDS, fields=("label",))[1])
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_same_from_both(
     cache: Path, vllm: StandIn, teacher: Path, run: Run, tmp_path: Path
 ) -> None:

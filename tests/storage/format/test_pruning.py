@@ -144,7 +144,7 @@ def test_the_mean_over_both_samples_is_the_teacher_s(
     temperature: float, head_ids: int, sizes: tuple[int, int, int]
 ) -> None:
     """Of K ids in each row, or, with more of them, by a threshold."""
-    count, threshold = 60_000, sizes[0] > K
+    count, threshold = 24_000, sizes[0] > K
     once = sampled_targets(np.tile(ROW, (count, 1)), sizes[0], 3, temperature, head_ids, threshold)
     twice = shrink(once, sizes[1], temperature, head_ids, 4, threshold=threshold)
     thrice = shrink(twice, sizes[2], temperature, head_ids, 5, threshold=threshold)

@@ -309,6 +309,7 @@ def test_a_killed_sweep_goes_on_from_its_checkpoint_and_ends_as_an_uninterrupted
     assert not list(out.rglob("*.lock"))
 
 
+@pytest.mark.slow
 def test_one_process_and_three_of_which_one_is_killed_finish_the_same_trials(world: Path, tmp_path: Path) -> None:
     search = {"trials": 6, "sampler": "random"}
     alone = swept(tmp_path / "sweep.yaml", fields(world, tmp_path / "alone", **search))
