@@ -93,7 +93,12 @@ def test_control_c_ends_every_process(when: str, small_cache: Path, slow_teacher
             assert job.poll() is None, errors.read()
             time.sleep(0.02)
         os.killpg(job.pid, signal.SIGINT)
-        assert job.wait(60) == 1
+        try:
+            assert job.wait(60) == 1
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+            raise
     deadline = time.monotonic() + 10  # multiprocessing's helper of semaphores ends when it finds its pipe closed
     while _others(job.pid):
         assert time.monotonic() < deadline
