@@ -84,12 +84,14 @@ def _no_interrupt_is_lost() -> Iterator[None]:
     A DataLoader forks its worker processes: Ctrl-C at that moment would be printed and forgotten.
     """
     others = sys.unraisablehook
+    coming: list[threading.Timer] = []
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             again = threading.Timer(0.1, _thread.interrupt_main)  # raised here it would be ignored once more
             again.daemon = True
             again.start()
+            coming.append(again)
         else:
             others(unraisable)
 
@@ -98,6 +100,8 @@ def _no_interrupt_is_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = others
+        for again in coming:
+            again.cancel()
 
 
 def interrupted(resumes: bool) -> str:

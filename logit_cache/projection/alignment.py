@@ -3,14 +3,15 @@
 Legend: `N` tokens of a stream, `M` documents and replies.
 
 Positions of equal keys (see `symbols`) have read the same text, so that the same may follow; where several tokens of a
-stream have one key, the last one has read all of them. Keys lie in files, so memory does not grow with the streams.
+stream have one key, the last one has read all of them. Keys lie in files, so memory does not grow with the streams, but
+with their longest reply.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.projection.spelling import Spelling
-from logit_cache.projection.symbols import BLOCK_TOKENS, DOCUMENT, REPLY, Documents, Replies, Symbols
+from logit_cache.projection.symbols import BLOCK_TOKENS, DOCUMENT, NO_MARKER, REPLY, Documents, Replies, Symbols
 from storage.cache.reader import LogitCache
 from storage.errors import InputError, StorageFull, is_out_of_space
 
@@ -30,16 +31,15 @@ NOWHERE = -1
 class Alignment:
     """The keys of both streams, int64 [N] each, in files without names.
 
-    unlike_starts: int64 [M], symbols before each document and reply, where the streams do not put the same spaces
-    before its text, so that what follows there is not spelled alike; None where they do. replies: whether these are
-    aligned, and nothing else; turn_ends: then, of both streams, how many replies each id ends that is no text.
+    unlike: int64, ascending: after so many symbols both streams may spell what follows in other ways. replies: whether
+    these are aligned, and nothing else; turn_ends: int64 [M, 2], the markers that end each of them in both streams.
     """
 
     teacher: NDArray[np.int64]
     student: NDArray[np.int64]
-    unlike_starts: NDArray[np.int64] | None
+    unlike: NDArray[np.int64]
     replies: bool
-    turn_ends: tuple[Mapping[int, int], Mapping[int, int]]
+    turn_ends: NDArray[np.int64]
 
     def rows(self, start: int, stop: int) -> NDArray[np.int64]:
         """The teacher's position for each of the student's `start .. stop`; `NOWHERE` where no boundary is shared, and
@@ -56,12 +56,7 @@ class Alignment:
             shared &= (keys & 1) == 0  # both are trained there, so the same reply goes on, or ends
         else:
             shared &= (theirs[found.clip(0) + 1] & 1) == (after & 1)
-        if self.unlike_starts is not None:
-            symbols = keys >> 1
-            # Behind a mark, and before one: but at the end of a reply its marker follows.
-            for place in (symbols - 1,) if self.replies else (symbols - 1, symbols):
-                at = np.searchsorted(self.unlike_starts, place).clip(max=len(self.unlike_starts) - 1)
-                shared &= self.unlike_starts[at] != place
+        shared &= ~np.isin(keys >> 1, self.unlike)
         return np.where(shared, low + found, NOWHERE)
 
 
@@ -77,13 +72,17 @@ def align(
     if _other_templates(teacher, student):
         replies = [Replies(cache, spelling) for cache, spelling in both]
         starts, marks = _compared(replies, keys, advance)
-        one, other = (np.concatenate(each.blanks) for each in replies)
-        unlike = starts[marks == REPLY][one != other]
-        ends = replies[0].turn_ends, replies[1].turn_ends
-        return Alignment(keys[0], keys[1], unlike if len(unlike) else None, True, ends)
+        blanks = sum(np.concatenate(each.blanks) for each in replies)
+        turn_ends = np.stack([np.concatenate(each.ends) for each in replies], axis=1)
+        of_reply = np.flatnonzero(marks == REPLY)
+        # What is read of white space before a text, and what ends it where that is no marker, is not compared.
+        begins, ends = starts[of_reply] + 1, starts[of_reply + 1]
+        unlike = np.concatenate([begins[blanks > 0], ends[(turn_ends == NO_MARKER).any(axis=1)]])
+        return Alignment(keys[0], keys[1], np.unique(unlike), True, turn_ends)
     strip = spellings[0].beginning != spellings[1].beginning
     starts, _ = _compared([Documents(cache, spelling, strip) for cache, spelling in both], keys, advance)
-    return Alignment(keys[0], keys[1], starts if strip else None, False, ({}, {}))
+    unlike = np.unique(np.concatenate([starts[:-1], starts[:-1] + 1])) if strip else starts[:0]
+    return Alignment(keys[0], keys[1], unlike, False, np.empty((0, 2), dtype=np.int64))
 
 
 def _other_templates(teacher: LogitCache, student: LogitCache) -> bool:
@@ -119,7 +118,7 @@ def _on_disk(size: int) -> NDArray[np.int64]:
 def _compared(
     sides: Sequence[Symbols], keys: list[Any], advance: Callable[[int], None]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
-    """Write the keys of both streams; returns the symbols before each mark, and which mark it is."""
+    """Write the keys of both streams; returns the symbols before each mark, and in all, and which mark it is."""
     streams = [side.blocks() for side in sides]
     left = [np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.uint16)]  # of each, what was not compared yet
     written, done = [0, 0], [False, False]
@@ -149,7 +148,7 @@ def _compared(
         symbols += both
         before = np.concatenate([before, same])[-_SHOWN:]
         left = [each[both:] for each in left]
-    return np.concatenate(starts), np.concatenate(marks)
+    return np.append(np.concatenate(starts), symbols), np.concatenate(marks)
 
 
 def _place(starts: NDArray[np.int64], marks: NDArray[np.uint16], symbols: int) -> str:
@@ -165,13 +164,17 @@ def _difference(
     sides: Sequence[Symbols], before: NDArray[np.uint16], rest: list[NDArray[np.uint16]], place: str
 ) -> str:
     """The first byte at which two streams differ."""
-    one, other = (_text(each) or "the end" for each in rest)
-    what = "replies" if isinstance(sides[0], Replies) else "texts"
+    one, other = (repr(_text(each)) if len(each) else "the end" for each in rest)
+    what, causes = "texts", "keep their bytes (one that normalises, to lower case or by NFKC, changes them)"
+    if isinstance(sides[0], Replies):
+        what = "replies"
+        causes += (
+            ", and templates that write the same of each reply (some add or drop a reasoning, or join two replies)"
+        )
     return (
-        f"{sides[0].cache.url} and {sides[1].cache.url} have other {what}: they differ "
-        f"first at {place}, after {_text(before)!r}: {one!r} and {other!r}. An entry can be "
-        f"projected into a cache of the same documents in the same order, by tokenizers that keep their bytes (one "
-        f"that normalises, to lower case or by NFKC, changes them)"
+        f"{sides[0].cache.url} and {sides[1].cache.url} have other {what}: they differ first at {place}, after "
+        f"{_text(before)!r}: {one} and {other}. An entry can be projected into a cache of the same documents in the "
+        f"same order, by tokenizers that {causes}"
     )
 
 

@@ -11,13 +11,13 @@ bytes are no whole UTF-8. Between equal tokenizers every id is its own first tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.projection.spelling import Spelling, is_text
+from logit_cache.projection.symbols import NO_MARKER
 from storage.errors import InputError
 
 
@@ -28,17 +28,18 @@ class FirstTokens:
     ids: NDArray[np.int64]
     uncertain: NDArray[np.bool_]
 
-    def with_turn_ends(self, teacher: Mapping[int, int], student: Mapping[int, int]) -> FirstTokens:
-        """The same, but the markers that end the teacher's replies are the one that ends most of the student's.
+    def with_turn_ends(self, pairs: NDArray[np.int64]) -> FirstTokens:
+        """The same, but an id that ends the teacher's replies is the one that ends most of these in the other stream.
 
-        Given how many replies each id ends. All but the most frequent one of the teacher's are uncertain.
+        pairs: int64 [replies, 2], the ids that end each in both streams, or NO_MARKER. An id that is paired with
+        several is uncertain.
         """
-        if not teacher or not student:
-            return self
-        ids, uncertain, some = self.ids.copy(), self.uncertain.copy(), list(teacher)
-        ids[some] = max(student, key=lambda id: student[id])
-        uncertain[some] = True
-        uncertain[max(teacher, key=lambda id: teacher[id])] = False
+        some, count = np.unique(pairs[(pairs != NO_MARKER).all(axis=1)], axis=0, return_counts=True)
+        ids, uncertain = self.ids.copy(), self.uncertain.copy()
+        for theirs in np.unique(some[:, 0]):
+            here = some[:, 0] == theirs
+            ids[theirs] = some[here, 1][count[here].argmax()]
+            uncertain[theirs] = here.sum() > 1
         return FirstTokens(ids, uncertain)
 
 

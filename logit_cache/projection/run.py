@@ -58,7 +58,7 @@ def project_entry(job: ProjectJob, track: Track = untracked) -> Done:
     first = first_tokens(*spellings)
     with track("align", student.record.corpus.positions, "tokens") as advance:
         alignment = align(teacher, student, spellings, advance)
-    first = first.with_turn_ends(*alignment.turn_ends)
+    first = first.with_turn_ends(alignment.turn_ends)
     rows = SourceRows(source, alignment, first, student.vocabulary_size, job.most_uncertain)
     made = _survey(teacher, student, rows)
     writer = EntryWriter.open(job.to, job.entry_name, projected_entry(job, source.entry, student, spellings, made))

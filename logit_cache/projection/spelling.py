@@ -53,7 +53,7 @@ class Spelling:
         self.file = files[FILE]
         self.size = size
         found = special_ids(files, where)
-        self.bos, self.eos = found["bos"], found["eos"]
+        self.bos, self.eos = (id if id is not None and id < size else None for id in (found["bos"], found["eos"]))
         roles = (self.bos, self.eos)
         spelled = [b"" if token in roles else self._bytes(token) or b"" for token in range(size)]
         self.lengths = np.array([len(each) for each in spelled], dtype=np.int64)
@@ -81,11 +81,10 @@ class Spelling:
         return {self[token]: token for token in ids}
 
     @cached_property
-    def is_marker(self) -> NDArray[np.bool_]:
-        """bool [V]: added tokens, bos and eos, which stand between the turns of conversations."""
-        found = np.zeros(self.size, dtype=bool)
-        found[[*self.added.values(), *(id for id in (self.bos, self.eos) if id is not None)]] = True
-        return found
+    def is_special(self) -> NDArray[np.bool_]:
+        """bool [V]: the ids that stand for no text, as bos, eos, and the markers of turns."""
+        roles = (self.bos, self.eos)
+        return np.array([token in roles or self._bytes.is_special(token) for token in range(self.size)])
 
     def first(self, texts: Sequence[bytes]) -> NDArray[np.int64]:
         """The first id of each text that is read on from a boundary, with nothing put before it; -1 where it has none.

@@ -8,7 +8,6 @@ and those before it spell; keys ascend.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,8 +20,10 @@ from storage.cache.reader import LogitCache
 
 BLOCK_TOKENS = 1 << 18
 DOCUMENT, REPLY = 256, 257  # the symbols of their beginnings
-_WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", dtype=np.uint8)
-_NONE = -1
+_NONE = NO_MARKER = -1
+# What `str.strip` takes away, in UTF-8, by the number of bytes: each as one number.
+_BLANKS = [character.encode() for character in map(chr, range(1 << 14)) if character.isspace()]
+_WHITE_SPACE = {size: [int.from_bytes(each) for each in _BLANKS if len(each) == size] for size in (1, 2, 3)}
 Block = tuple[NDArray[np.uint16], NDArray[np.int64]]
 
 
@@ -86,45 +87,48 @@ class Replies:
 
         key = 2 * symbols + (1 where it is not trained, so that the next token belongs to no reply)
 
-    Of what was read: `turn_ends`, how many replies each marker ends; `blanks`, the bytes of white space that each reply
-    begins with, block by block.
+    A document that is trained from its first token on is all reply. Of what was read, block by block, for each reply:
+    `blanks`, the bytes of white space that it begins with; `ends`, the special id that ends it, or `NO_MARKER`.
     """
 
     cache: LogitCache
     spelling: Spelling
-    turn_ends: Counter[int] = field(default_factory=Counter)
     blanks: list[NDArray[np.int64]] = field(default_factory=list)
+    ends: list[NDArray[np.int64]] = field(default_factory=list)
 
     def blocks(self) -> Iterator[Block]:
         symbols = 0
         for start, stop in self._ranges():
             tokens, _, begins = _read(self.cache, start, stop)
-            trained = self._trained(start, stop)
-            of_reply = np.append(False, trained[:-1]) & ~begins
-            replied = trained & ~of_reply
-            marker = of_reply & ~trained & self.spelling.is_marker[tokens]
-            self.turn_ends.update(tokens[marker].tolist())
-            lengths = np.where(of_reply & ~marker, self.spelling.lengths[tokens], 0)
+            trained, special = self._trained(start, stop), self.spelling.is_special[tokens]
+            continues = np.append(False, trained[:-1]) & ~begins
+            replied = trained & ~continues
+            reply = replied.cumsum() - 1  # of each token, numbered in this block, which ends outside of replies
+            marker = continues & ~trained & special
+            ends = np.full(int(replied.sum()), NO_MARKER)
+            ends[reply[marker]] = tokens[marker]
+            of_reply = (continues & ~marker) | (trained & begins & ~special)
+            lengths = np.where(of_reply, self.spelling.lengths[tokens], 0)
             spelled = self.spelling.flat[_places(self.spelling.offsets[tokens], lengths)]
             token = np.repeat(np.arange(len(tokens)), lengths)
-            kept, blanks = _trimmed(spelled, (replied.cumsum() - 1)[token], int(replied.sum()))
+            kept, blanks = _trimmed(spelled, reply[token], len(ends))
             self.blanks.append(blanks)
+            self.ends.append(ends)
             lengths = np.bincount(token[kept], minlength=len(tokens))
             found = _with_marks(spelled[kept], lengths, begins, replied)
-            yield found, 2 * (symbols + (begins + lengths + replied).cumsum()) + ~trained
+            yield found, 2 * (symbols + (begins + replied + lengths).cumsum()) + ~trained
             symbols += len(found)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         """Positions some at a time, cut outside of replies."""
-        start = stop = 0
-        positions = self.cache.record.corpus.positions
-        while start < positions:
-            stop = min(stop + BLOCK_TOKENS, positions)
-            outside = np.flatnonzero(~self._trained(start, stop))
-            if stop == positions or len(outside):
-                stop = positions if stop == positions else start + int(outside[-1]) + 1
-                yield start, stop
-                start = stop
+        start, positions = 0, self.cache.record.corpus.positions
+        for at in range(0, positions, BLOCK_TOKENS):
+            stop = min(at + BLOCK_TOKENS, positions)
+            outside = np.flatnonzero(~self._trained(at, stop))
+            cut = positions if stop == positions else at + int(outside[-1]) + 1 if len(outside) else start
+            if cut > start:
+                yield start, cut
+                start = cut
 
     def _trained(self, start: int, stop: int) -> NDArray[np.bool_]:
         assert self.cache.loss_mask is not None, "conversations have a loss mask"
@@ -149,12 +153,12 @@ def _places(offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[n
 def _with_marks(
     spelled: NDArray[np.uint8], lengths: NDArray[np.int64], begins: NDArray[np.bool_], replied: NDArray[np.bool_]
 ) -> NDArray[np.uint16]:
-    """Bytes and marks in order: of each token [n] that of a document before its bytes, that of a reply behind them."""
-    counts = begins + lengths + replied
-    ends = counts.cumsum()
+    """Bytes and marks in order: those of each token [n], and before them the marks of a document and of a reply."""
+    counts = begins + replied + lengths
+    first = counts.cumsum() - counts
     found = np.zeros(int(counts.sum()), dtype=np.uint16)
-    found[(ends - counts)[begins]] = DOCUMENT
-    found[(ends - 1)[replied]] = REPLY
+    found[first[begins]] = DOCUMENT
+    found[(first + begins)[replied]] = REPLY
     found[found == 0] = spelled
     return found
 
@@ -163,7 +167,7 @@ def _trimmed(
     text: NDArray[np.uint8], reply: NDArray[np.int64], replies: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Which bytes stand inside the text of their reply, and how many stand before that of each [replies]."""
-    inside = np.flatnonzero(~np.isin(text, _WHITE_SPACE))
+    inside = np.flatnonzero(~_is_white_space(text))
     with_text, first = np.unique(reply[inside], return_index=True)
     begin, end = np.full(replies, len(text)), np.full(replies, _NONE)
     begin[with_text] = inside[first]
@@ -171,3 +175,17 @@ def _trimmed(
     index = np.arange(len(text))
     before = index < begin[reply]
     return ~before & (index <= end[reply]), np.bincount(reply[before], minlength=replies)
+
+
+def _is_white_space(text: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which bytes are of white space."""
+    found = np.zeros(len(text), dtype=bool)
+    for size, codes in _WHITE_SPACE.items():
+        starts = max(0, len(text) - size + 1)
+        code = np.zeros(starts, dtype=np.int64)
+        for at in range(size):
+            code = code * 256 + text[at : at + starts]
+        here = np.isin(code, codes)
+        for at in range(size):
+            found[at : at + starts] |= here
+    return found

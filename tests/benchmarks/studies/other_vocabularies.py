@@ -201,7 +201,6 @@ def train(run: Path, arm: str, vocabulary: str, seed: int) -> dict[str, Any]:
 
     names = [arm] if arm in ("projected", "own") else []
     windows = DistillationWindows(str(run / f"student-{vocabulary}"), names, WINDOW, "fixed", seed)
-    written = DistillationWindows(str(run / f"written-{vocabulary}"), [], WINDOW, "fixed", seed)
     student = load_student(
         STUDENT_MODEL, vocabulary_size=windows.vocabulary_size, special_ids={}, window_tokens=WINDOW, seed=seed
     ).train()
@@ -209,7 +208,10 @@ def train(run: Path, arm: str, vocabulary: str, seed: int) -> dict[str, Any]:
     if live is None:
         members = [Member.of(name, entry) for name, entry in windows.entries.items()]
         bind_loss(student, DistillationLoss(windows.vocabulary_size, ALPHA if members else 1.0, 1.0, members))
-    order, other = reading_order(windows, BATCH_WINDOWS), list(reading_order(written, BATCH_WINDOWS))
+    order = reading_order(windows, BATCH_WINDOWS)
+    if arm == "sequence":
+        written = DistillationWindows(str(run / f"written-{vocabulary}"), [], WINDOW, "fixed", seed)
+        other = list(reading_order(written, BATCH_WINDOWS))
     per_pass = len(windows) // BATCH_WINDOWS
     optimizer, schedule = optimizer_of(student, LEARNING_RATE, per_pass * PASSES)
     began = time.monotonic()
